@@ -13,7 +13,7 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['GRAPH_METHODS', 'main_output', 'class_scores', 'predicted_classes', 'numbered_classes', 'weighted_classes',
            'target_classes', 'grad_x_act', 'gradcam', 'captum_attribution', 'preserved', 'attribution_function',
-           'checked_attribution', 'attribute']
+           'checked_attribution', 'attribute', 'shuffled_attribution']
 
 # %% ../nbs/00_attribution.ipynb #6d53b483
 def main_output(out):  # a network's output: a tensor, or a tuple, list or dict whose first entry is the main one
@@ -174,3 +174,14 @@ def attribute(
         classes = target_classes(target, scores.detach())
         A = compute(scores if isinstance(method, str) else psi, z, classes)
     return checked_attribution(A, z)
+
+# %% ../nbs/00_attribution.ipynb #81106771
+def shuffled_attribution(
+    method: str | type | Callable = 'grad_x_act',  # the attribution to shuffle: see `attribute`
+) -> Callable:  # attribution function of (psi, z, classes)
+    "The values of another attribution in random places of the map: the control for any saliency-guided mask"
+    def attribution(psi, z, classes):
+        A = attribute(psi, z, classes, method)
+        order = torch.rand_like(A).flatten(1).argsort(1)
+        return A.flatten(1).gather(1, order).view_as(A)
+    return attribution

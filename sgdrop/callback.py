@@ -5,6 +5,7 @@
 # %% ../nbs/04_callback.ipynb #671dba0e
 from __future__ import annotations
 import warnings
+from collections.abc import Callable
 
 import torch
 from fastai.callback.core import Callback
@@ -13,22 +14,56 @@ from fastai.callback.mixup import MixHandler
 from fastcore.basics import first, patch, store_attr
 from torch import Tensor, nn
 
-from .attribution import GRAPH_METHODS, attribute, attribution_function, class_scores, main_output, preserved, target_classes
+from .attribution import GRAPH_METHODS, attribute, attribution_function, checked_attribution, class_scores, preserved, target_classes
 from .mask import SUMMED_OVER, SaliencyWarning, check_fraction, kept_evidence, mask_share, saliency_mask
 from .split import ReplayedTail, checked_layer, split_model
 from .teacher import EMATeacher
 
 # %% auto #0
-__all__ = ['is_active', 'label_classes', 'SGDropCallback', 'unwrapped', 'with_scores', 'Watch']
+__all__ = ['LEAK_GAP', 'STARVING', 'ENOUGH_IMAGES', 'MapCapture', 'masked_scores', 'with_scores', 'label_classes', 'is_active',
+           'SGDropCallback', 'unwrapped', 'trap_sums', 'LeakWarning', 'StarvationWarning', 'NoEffectWarning', 'traps',
+           'TrapWatch']
 
-# %% ../nbs/04_callback.ipynb #6558ba81
-def is_active(
-    done: float,  # part of training that is done, from 0 to 1
-    start: float = 0.,  # part of training after which masking starts
-    end: float = 1.,  # part of training after which it ends
-) -> bool:
-    "Does SGDrop act at this point of training?"
-    return start <= done < end
+# %% ../nbs/04_callback.ipynb #beecb298
+class MapCapture:
+    "The output of one layer of a network, noted during one forward pass"
+    def __init__(self,
+        model: nn.Module,  # the network that will run
+        layer: nn.Module,  # the layer in it whose output to note
+    ):
+        self.z = None
+        self.handles = [layer.register_forward_hook(self.note), model.register_forward_hook(self.release, always_call=True)]
+
+    def note(self, module, inputs, out):
+        out = out.as_subclass(Tensor)
+        self.z = out if out.requires_grad else out.detach().requires_grad_()
+        return self.z.clone()
+
+    def release(self, *_):
+        for h in self.handles: h.remove()
+        self.handles = []
+
+# %% ../nbs/04_callback.ipynb #2246aa07
+def masked_scores(
+    psi: nn.Module,  # ψ
+    z: Tensor,  # feature map, B×C×H×W
+    M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
+) -> Tensor:  # class scores, B×K, with their graph
+    "ψ(z ⊙ M), leaving BatchNorm statistics and the random state as they were"
+    with preserved(psi, z.device): return class_scores(psi(z * M))
+
+# %% ../nbs/04_callback.ipynb #daed0e0f
+def with_scores(
+    out,  # a network's output: scores, or a tuple, list or dict whose first entry leads to them
+    scores: Tensor,  # to be put in the place of the main scores
+):
+    "A network's output with other main scores"
+    if isinstance(out, Tensor): return scores
+    if isinstance(out, dict):
+        key = next(iter(out))
+        return type(out)({**out, key: with_scores(out[key], scores)})
+    parts = [with_scores(out[0], scores), *out[1:]]
+    return type(out)(*parts) if hasattr(out, '_fields') else type(out)(parts)
 
 # %% ../nbs/04_callback.ipynb #75664d05
 def label_classes(
@@ -41,41 +76,80 @@ def label_classes(
     if mix is not None and getattr(mix, 'stack_y', False): y = torch.where(plain(mix.lam) >= 0.5, plain(y), plain(mix.yb1[0]))
     return target_classes(y, scores)
 
+# %% ../nbs/04_callback.ipynb #6558ba81
+def is_active(
+    done: float,  # part of the training that is done, from 0 to 1
+    start: float = 0.,  # part of the training after which masking starts
+    end: float = 1.,  # part of the training after which it ends
+) -> bool:
+    "Does SGDrop act at this point of the training?"
+    return start <= done < end
+
 # %% ../nbs/04_callback.ipynb #d108ba0e
 class SGDropCallback(Callback):
-    "Saliency-Guided Dropout: train on the feature map without its most salient elements"
-    # MixedPrecision is 10, GradientClip and DistributedTrainer are 11: see what they have made of model and prediction
+    "Saliency-Guided Dropout: train on the feature map without its most salient elements (Bertoin et al. 2024)"
+    # MixedPrecision is 10, GradientClip and DistributedTrainer are 11: come after what they make of model and prediction
     order, run_valid = MixedPrecision.order + 2, False
-    layer_name = psi = teacher_halves = ema_teacher = z = None
-    _stateattrs = ('psi', 'teacher_halves', 'ema_teacher', 'z', 'handles', 'watch')  # not exported: what a fit makes anew
+    _stateattrs = ('psi', 'teacher_halves', 'ema_teacher', 'capture', 'watch', 'rng')  # made anew by each fit, so never exported
+    psi = teacher_halves = ema_teacher = capture = watch = rng = layer_name = None
+    acting = skipped = cancelled = False
 
     def __init__(self,
-        rho: float = 0.1,  # share of the elements to drop, in [0, 1)
-        layer: str | nn.Module | None = None,  # where to drop: a layer by name or itself; None for the last feature map
-        target: str = 'predicted',  # whose evidence to drop: 'predicted' or 'label'
+        rho: float = 0.2,  # share of the elements to drop, in [0, 1)
+        layer: str | nn.Module | None = None,  # where to drop: behind a layer, by name or itself; None for the last feature map
+        target: str = 'predicted',  # whose evidence to drop: the class that is 'predicted', or the 'label'
         ema: float = 0.99,  # the teacher's averaging decay, in [0, 1)
-        teacher: str | None = 'head',  # who computes the mask: 'full' (φ' and ψ'), 'head' (ψ' on the student's map) or None (the student)
-        attribution='grad_x_act',  # 'grad_x_act', 'gradcam', a captum layer attribution, or a function of (psi, z, classes)
-        granularity: str = 'element',  # what is dropped as one: 'element', 'spatial' or 'channel'
-        share: float = 1.0,  # share of each batch to mask, in [0, 1]
-        start: float = 0.,  # part of training after which masking starts, in [0, 1]
-        end: float = 1.,  # part of training after which it ends, in [0, 1]
+        teacher: str | None = 'head',  # who chooses the mask: 'full' (φ' and ψ'), 'head' (ψ' on the student's map), None (the student)
+        attribution: str | type | Callable = 'grad_x_act',  # 'grad_x_act', 'gradcam', a captum layer attribution, or a function of (psi, z, classes)
+        granularity: str = 'spatial',  # what is dropped as one: an 'element', a position with all its channels ('spatial'), or a 'channel'
+        share: float = 0.5,  # probability that an image of the batch is masked, in [0, 1]
+        start: float = 0.,  # part of the training after which masking starts, in [0, 1]
+        end: float = 1.,  # part of the training after which masking ends, in [0, 1]
     ):
-        for name, value in dict(rho=rho, ema=ema).items(): check_fraction(name, value)
-        for name, value in dict(share=share, start=start, end=end).items(): check_fraction(name, value, closed=True)
-        for name, value, known in (('target', target, ('predicted', 'label')), ('teacher', teacher, ('full', 'head', None)), ('granularity', granularity, tuple(SUMMED_OVER))):
-            if value not in known: raise ValueError(f'{name} must be one of {", ".join(map(repr, known))}; got {value!r}')
-        attribution_function(attribution)
         store_attr()
-        self.handles, self.history = [], []
+        self.history = []
+        self._check_settings()
+
+    def __repr__(self): return f'SGDropCallback(rho={self.rho}, layer={self.layer_name or self.layer!r}, teacher={self.teacher!r}, granularity={self.granularity!r}, share={self.share})'
 
 # %% ../nbs/04_callback.ipynb #1450eae3
 @patch
+def _check_settings(self: SGDropCallback):
+    "Raise a `ValueError` for a setting that means nothing"
+    for name in ('rho', 'ema'): check_fraction(name, getattr(self, name))
+    for name in ('share', 'start', 'end'): check_fraction(name, getattr(self, name), closed=True)
+    if self.start >= self.end: raise ValueError(f'start must come before end, got start={self.start} and end={self.end}')
+    known = dict(target=('predicted', 'label'), teacher=('full', 'head', None), granularity=tuple(SUMMED_OVER))
+    for name, values in known.items():
+        if getattr(self, name) not in values: raise ValueError(f'{name} must be one of {", ".join(map(repr, values))}; got {getattr(self, name)!r}')
+    attribution_function(self.attribution)
+
+# %% ../nbs/04_callback.ipynb #c2d37c94
+@patch
+def before_fit(self: SGDropCallback):
+    "Forget what an earlier fit left"
+    self.psi = self.teacher_halves = self.ema_teacher = None
+    self.acting = self.skipped = self.cancelled = False
+    self.n_batches, self.n_masked, self.warned, self.history = 0, 0., set(), []
+    self.watch = TrapWatch()
+    self.rng = torch.Generator().manual_seed(torch.initial_seed())
+
+# %% ../nbs/04_callback.ipynb #e5e7bc3b
+def unwrapped(
+    model: nn.Module,  # a network, perhaps within `DistributedDataParallel` or `torch.compile`
+) -> nn.Module:
+    "The network itself"
+    wrapped = {'DistributedDataParallel': 'module', 'DataParallel': 'module', 'OptimizedModule': '_orig_mod'}
+    while type(model).__name__ in wrapped: model = getattr(model, wrapped[type(model).__name__])
+    return model
+
+# %% ../nbs/04_callback.ipynb #b4614825
+@patch
 def _set_up(self: SGDropCallback):
-    "Find the layer, cut the network and copy the teacher, with the first batch of a fit at hand"
+    "Find the layer, cut the network, copy the teacher"
     model = unwrapped(self.learn.model)
     xb = [x[:2].as_subclass(Tensor) for x in self.xb]
-    # outside autocast, which would keep half-precision weights without gradients from this pass for the next
+    # without autocast, which would keep the half-precision weights of this pass, that have no gradients, for the next one
     with torch.autocast(xb[0].device.type, enabled=False):
         self.layer_name = checked_layer(model, self.layer, *xb)
         self.psi = split_model(model, self.layer_name, *xb)[1]
@@ -84,108 +158,141 @@ def _set_up(self: SGDropCallback):
             self.ema_teacher = EMATeacher(model, self.ema)
             self.teacher_halves = split_model(self.ema_teacher.module, self.layer_name, *xb)
 
-# %% ../nbs/04_callback.ipynb #e5e7bc3b
-def unwrapped(
-    model: nn.Module,  # a network, perhaps within `DistributedDataParallel` or `torch.compile`
-) -> nn.Module:
-    "The network itself"
-    for inside in ('module', '_orig_mod'):
-        if hasattr(model, inside) and type(model).__name__ in ('DistributedDataParallel', 'DataParallel', 'OptimizedModule'):
-            return unwrapped(getattr(model, inside))
-    return model
-
-# %% ../nbs/04_callback.ipynb #c2d37c94
-@patch
-def before_fit(self: SGDropCallback):
-    "Forget what an earlier fit left"
-    self._release()
-    self.psi = self.teacher_halves = self.ema_teacher = None
-    self.skipped, self.n_masked, self.warned, self.history = False, 0, set(), []
-    self.watch = Watch()
-    self.generator_ = torch.Generator().manual_seed(torch.initial_seed())
-
-@patch
-def _release(self: SGDropCallback):
-    "Take the hooks out"
-    for h in self.handles: h.remove()
-    self.handles = []
-
-# %% ../nbs/04_callback.ipynb #b4614825
-@patch
-def before_batch(self: SGDropCallback):
-    "Ask the layer for its output"
-    self._release()
-    self.z = None
-    if self.rho == 0: return
-    if self.psi is None: self._set_up()
-    self.acting = is_active(self.pct_train, self.start, self.end) and self.share > 0
-    if not self.acting: return
-    def keep(module, inputs, out):
-        out = out.as_subclass(Tensor)
-        self.z = out if out.requires_grad else out.detach().requires_grad_()
-        return self.z.clone()  # ψ may begin with an in-place ReLU
-    layer = unwrapped(self.learn.model).get_submodule(self.layer_name)
-    self.handles = [layer.register_forward_hook(keep), self.learn.model.register_forward_hook(lambda *_: self._release(), always_call=True)]
-
 # %% ../nbs/04_callback.ipynb #788c0c72
 @patch
+def before_batch(self: SGDropCallback):
+    "Ask for the feature map, if SGDrop acts on this batch"
+    if self.capture: self.capture.release()  # an earlier batch may have failed before the model ran
+    self.acting = False
+    if self.rho == 0: return
+    if self.psi is None: self._set_up()
+    self.n_batches += 1
+    self.acting = is_active(self.pct_train, self.start, self.end) and self.share > 0
+    if self.acting: self.capture = MapCapture(self.learn.model, unwrapped(self.learn.model).get_submodule(self.layer_name))
+
+# %% ../nbs/04_callback.ipynb #2d9d076e
+@patch
 def _attribution(self: SGDropCallback, z, scores, truth):
-    target = 'predicted' if self.target == 'predicted' else truth.float()
+    "The attribution that the mask is made from, B×C×H×W or B×1×H×W"
+    target = 'predicted' if self.target == 'predicted' else truth.int()
     if self.teacher is None and isinstance(self.attribution, str):
-        return GRAPH_METHODS[self.attribution](scores, z, target_classes(target, scores.detach()))
+        return checked_attribution(GRAPH_METHODS[self.attribution](scores, z, target_classes(target, scores.detach())), z)
     psi = self.psi if self.teacher is None else self.ema_teacher.module
     if self.teacher == 'full':
         phi, psi = self.teacher_halves
         with torch.no_grad(): z = phi(*[x.as_subclass(Tensor) for x in self.xb])
-    return attribute(psi, z, target, self.attribution)
-
-# %% ../nbs/04_callback.ipynb #2d9d076e
-@patch
-def after_pred(self: SGDropCallback):
-    if self.rho == 0 or not self.acting: return
-    z, self.z = self.z, None
-    plain = class_scores(self.learn.pred).as_subclass(Tensor)
-    for half in (self.psi,):
-        half.training = self.learn.model.training
-        if isinstance(half, ReplayedTail): half.head.inputs = self.xb
-    mix = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
-    truth = label_classes(self.y, plain, mix)
-    A = self._attribution(z, plain, truth)
-    M = mask_share(saliency_mask(A, self.rho, self.granularity), self.share, self.generator_)
-    with preserved(self.psi, z.device): masked = class_scores(self.psi(z * M)).to(plain.dtype)
-    self.learn.pred = with_scores(self.learn.pred, masked)
-    self.watch.add(plain.detach(), masked.detach(), truth, A, M)
-
-# %% ../nbs/04_callback.ipynb #6fbcf1ed
-def with_scores(out, scores):
-    "A network's output with other main scores"
-    if isinstance(out, Tensor): return scores
-    if isinstance(out, dict): return type(out)({**out, next(iter(out)): scores})
-    if hasattr(out, '_replace'): return out._replace(**{out._fields[0]: with_scores(out[0], scores)})
-    return type(out)([with_scores(out[0], scores), *out[1:]])
-
-# %% ../nbs/04_callback.ipynb #83661abe
-class Watch:
-    "sums"
-    def __init__(self): self.sums = 0
-    def add(self, plain, masked, truth, A, M):
-        right = lambda s: truth.gather(1, s.argmax(1, keepdim=True))[:, 0].float()
-        on = (~M).flatten(1).any(1).float()
-        kept = kept_evidence(A, M).nan_to_num(1.)
-        self.sums = self.sums + torch.stack([on.sum(), (on*right(masked)).sum(), (on*right(plain)).sum(), (on*kept).sum(), (~M).float().flatten(1).mean(1).sum(), torch.tensor(float(len(M)))])
-    def means(self):
-        s = self.sums.tolist(); n = max(s[0], 1)
-        return dict(images=s[0], masked=s[1]/n, plain=s[2]/n, kept=s[3]/n, dropped=s[4]/max(s[5],1))
+    return attribute(self._ready(psi), z, target, self.attribution)
 
 # %% ../nbs/04_callback.ipynb #fc028482
 @patch
-def after_cancel_step(self: SGDropCallback): self.skipped = True
+def _ready(self: SGDropCallback, psi):
+    "`psi`, ready to run on this batch"
+    if isinstance(psi, ReplayedTail): psi.head.inputs = tuple(x.as_subclass(Tensor) for x in self.xb)
+    if psi is self.psi: psi.training = unwrapped(self.learn.model).training  # ψ itself only: its parts belong to the model
+    return psi
+
+# %% ../nbs/04_callback.ipynb #8650e641
+@patch
+def after_pred(self: SGDropCallback):
+    "Replace the prediction by the scores under the mask"
+    if not self.acting: return
+    z = self.capture.z
+    if z is None: raise RuntimeError(f'the layer {self.layer_name!r} ran in evaluation but not in training, so there is no feature map to mask; choose another layer')
+    plain = class_scores(self.learn.pred).as_subclass(Tensor)
+    truth = label_classes(self.y, plain.detach(), first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler)))
+    A = self._attribution(z, plain, truth)
+    M = mask_share(saliency_mask(A, self.rho, self.granularity), self.share, self.rng)
+    masked = masked_scores(self._ready(self.psi), z, M).to(plain.dtype)
+    self.learn.pred = with_scores(self.learn.pred, masked)
+    self.watch.add(plain.detach(), masked.detach(), truth, A, M)
+    self.capture.z = None  # or the map would live on until the next batch
+
+# %% ../nbs/04_callback.ipynb #2814e15f
+@patch
+def after_cancel_step(self: SGDropCallback):
+    "Note that the weights did not change"
+    self.skipped = True
 
 @patch
 def after_step(self: SGDropCallback):
-    if self.ema_teacher is not None and not self.skipped: self.ema_teacher.update(self.psi if self.teacher == 'head' else unwrapped(self.learn.model))
+    "Let the teacher follow"
+    if self.ema_teacher is not None and not self.skipped:
+        self.ema_teacher.update(self.psi if self.teacher == 'head' else unwrapped(self.learn.model))
     self.skipped = False
 
+# %% ../nbs/04_callback.ipynb #1d4ccbdc
+def trap_sums(
+    plain: Tensor,  # class scores without the mask, B×K
+    masked: Tensor,  # class scores under the mask, B×K
+    truth: Tensor,  # the labels, bool, B×K
+    A: Tensor,  # attribution ≥ 0
+    M: Tensor,  # mask, True = keep
+) -> Tensor:  # over the images with a hole: their number, right under the mask, right without, evidence kept, share dropped
+    "The sums that show whether a batch leads into a trap"
+    holed = (~M).flatten(1).any(1)
+    right = lambda scores: truth.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+    dropped = (~M).flatten(1).float().mean(1)
+    rows = torch.stack([holed.float(), right(masked).float(), right(plain).float(), kept_evidence(A, M).nan_to_num(0.), dropped])
+    return (rows * holed).sum(1)
+
+# %% ../nbs/04_callback.ipynb #2175e75f
+class LeakWarning(SaliencyWarning): "The network reads the class off the pattern of the holes"
+class StarvationWarning(SaliencyWarning): "The mask takes nearly all evidence for the class away"
+class NoEffectWarning(SaliencyWarning): "SGDrop dropped nothing"
+
+LEAK_GAP, STARVING, ENOUGH_IMAGES = 0.15, 0.04, 256
+
+def traps(
+    report: dict[str, float],  # accuracy 'under_mask' and 'without', evidence 'kept': means over masked images
+) -> list[SaliencyWarning]:  # a warning for each trap
+    "Which of the two traps a training is in, with the way out"
+    found = []
+    if report['under_mask'] - report['without'] > LEAK_GAP: found.append(LeakWarning(
+        f'SGDrop leak: accuracy on training images is {report["under_mask"]:.0%} under the mask and {report["without"]:.0%} without it, so the network '
+        "reads the class off the holes. Way out: split at the last feature map (layer=None), a smaller rho, target='predicted' with a teacher, granularity='spatial', or a smaller share."))
+    if report['kept'] < STARVING: found.append(StarvationWarning(
+        f'SGDrop starvation: the mask keeps {report["kept"]:.1%} of the evidence for the class, too little to learn from. Way out: a smaller rho, or a smaller share.'))
+    return found
+
+# %% ../nbs/04_callback.ipynb #3571abfd
+class TrapWatch:
+    "Sums over the masked images of a training, until there are enough to judge"
+    names = ('under_mask', 'without', 'kept', 'dropped')
+    def __init__(self): self.sums = None
+
+    def add(self, *batch: Tensor) -> None:  # see `trap_sums`
+        sums = trap_sums(*batch)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def report(self) -> dict[str, float] | None:  # number of 'images' and means over them; None where there were none
+        if self.sums is None: return None
+        images, *sums = self.sums.tolist()
+        return dict(images=images, **{n: s / images for n, s in zip(self.names, sums)}) if images else None
+
+# %% ../nbs/04_callback.ipynb #6a73fddf
 @patch
 def after_train(self: SGDropCallback):
-    if isinstance(self.watch.sums, Tensor): self.history.append(self.watch.means()); self.watch = Watch()
+    "Once per epoch: look at the watch"
+    report = self.watch.report()
+    if report is None or report['images'] < ENOUGH_IMAGES and self.epoch < self.n_epoch - 1: return
+    self.n_masked += report['images']
+    self.history.append(dict(epoch=self.epoch, **report))
+    self.watch = TrapWatch()
+    if report['images'] < ENOUGH_IMAGES: return
+    for trap in traps(report):
+        if type(trap) not in self.warned: warnings.warn(trap, stacklevel=2)
+        self.warned.add(type(trap))
+
+# %% ../nbs/04_callback.ipynb #c66885c3
+@patch
+def after_cancel_fit(self: SGDropCallback):
+    "A fit that was cut short, as by `lr_find`, need not have come to the masking"
+    self.cancelled = True
+
+@patch
+def after_fit(self: SGDropCallback):
+    "Let go of the network; warn if nothing was ever dropped"
+    idle = self.n_batches > 0 and self.n_masked == 0 and not self.cancelled
+    if idle: warnings.warn(f'SGDrop dropped nothing in {self.n_batches} batches: the attribution was zero or not finite, '
+                           f'or no batch lay between start={self.start} and end={self.end} (share={self.share}).', NoEffectWarning)
+    self.psi = self.teacher_halves = self.capture = None

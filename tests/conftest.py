@@ -1,0 +1,43 @@
+import hypothesis
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
+from torch import nn
+
+from networks import images
+
+# the same examples at every run, and no folder of found ones left behind
+hypothesis.settings.register_profile('sgdrop', max_examples=150, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile('sgdrop')
+
+
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+
+def conv(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
+
+
+@pytest.fixture
+def small_net():
+    "A function that makes a small network of four classes, always with the same weights; its last feature map is '1'"
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(conv(3, 8), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 4))
+    return make
+
+
+@pytest.fixture
+def make_learner(tmp_path):
+    "A function that makes a `Learner` on synthetic images"
+    def make(net, cbs=None, n=32, bs=8, size=8, classes=4, seed=0, loss_func=None, labels=None, device='cpu', **kwargs):
+        x = images(n, size)
+        y = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(1)) if labels is None else labels
+        items = list(zip(x, y))
+        dls = DataLoaders.from_dsets(items, items, bs=bs, device=device)
+        torch.manual_seed(seed)
+        return Learner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=SGD, lr=0.05, path=tmp_path, cbs=cbs, **kwargs)
+    return make

@@ -1,0 +1,76 @@
+"The networks that sgdrop promises to work with: how to make each with random weights and ten classes, and where its last feature map is."
+from collections.abc import Callable
+from typing import NamedTuple
+
+import timm
+import torch
+from fastai.vision.learner import create_vision_model
+from fastai.vision.models import resnet18
+from fastai.vision.models.xresnet import xresnet18
+from torch import Tensor, nn
+from torchvision import models as tv
+
+
+class Network(NamedTuple):
+    make: Callable[[], nn.Module]
+    layer: str             # the last feature map
+    size: int = 64         # pixels
+    train_size: int = 64   # pixels it needs in training mode
+    has_aux: bool = False  # does it return several outputs in training mode?
+
+
+def vision(arch, layer, **options): return Network(lambda: getattr(tv, arch)(num_classes=10, **options), layer)
+def from_timm(arch, layer): return Network(lambda: timm.create_model(arch, num_classes=10), layer)
+
+
+NETWORKS = {
+    'fastai vision_learner': Network(lambda: create_vision_model(resnet18, 10, pretrained=False), '0'),
+    'fastai xresnet18': Network(lambda: xresnet18(n_out=10), '7'),
+    'resnet18': vision('resnet18', 'layer4'),
+    'vgg11': vision('vgg11', 'features', init_weights=False),
+    'vgg11_bn': vision('vgg11_bn', 'features', init_weights=False),
+    'densenet121': vision('densenet121', 'features'),
+    'efficientnet_b0': vision('efficientnet_b0', 'features'),
+    'mobilenet_v2': vision('mobilenet_v2', 'features'),
+    'mobilenet_v3_small': vision('mobilenet_v3_small', 'features'),
+    'convnext_tiny': vision('convnext_tiny', 'features'),
+    'regnet_y_400mf': vision('regnet_y_400mf', 'trunk_output'),
+    'shufflenet_v2_x0_5': vision('shufflenet_v2_x0_5', 'conv5'),
+    'mnasnet0_5': vision('mnasnet0_5', 'layers'),
+    'squeezenet1_1': vision('squeezenet1_1', 'classifier.2'),
+    'googlenet': vision('googlenet', 'inception5b', init_weights=False)._replace(has_aux=True),
+    # its auxiliary head has no room for a smaller image, and at less than 107 pixels its last map is a single position
+    'inception_v3': vision('inception_v3', 'Mixed_7c', init_weights=False)._replace(size=128, train_size=299, has_aux=True),
+    'timm convnext_atto': from_timm('convnext_atto', 'stages'),
+    'timm regnetx_002': from_timm('regnetx_002', 's4'),
+    'timm resnetv2_50': from_timm('resnetv2_50', 'norm'),
+    'timm resnet10t': from_timm('resnet10t', 'layer4'),
+    'timm efficientnet_lite0': from_timm('efficientnet_lite0', 'bn2'),
+    'timm mobilenetv3_small_050': from_timm('mobilenetv3_small_050', 'blocks'),
+    'timm dla34': from_timm('dla34', 'level5'),
+    'timm hrnet_w18_small': from_timm('hrnet_w18_small', 'final_layer'),
+}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return NETWORKS[name].make()
+
+
+def images(n: int, size: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_gap(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def hooked(model: nn.Module) -> list[str]:
+    "Names of the modules that still hold a hook"
+    kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+    return [name for name, m in model.named_modules() if any(getattr(m, kind) for kind in kinds)]
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)

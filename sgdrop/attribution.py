@@ -48,7 +48,8 @@ def numbered_classes(
     "Classes given by number, as a boolean table"
     n, k = scores.shape
     if numbers.numel() and not (0 <= numbers.min() and numbers.max() < k):
-        raise ValueError(f'target holds class {numbers[(numbers < 0) | (numbers >= k)].flatten()[0].item()}; the network scores classes 0 to {k - 1}.')
+        wrong = numbers[(numbers < 0) | (numbers >= k)].flatten()[0].item()
+        raise ValueError(f'target holds class {wrong}; the network scores classes 0 to {k - 1}.')
     return nn.functional.one_hot(numbers.long().expand(n), k).bool()
 
 # %% ../nbs/00_attribution.ipynb #9a31b0dd
@@ -57,7 +58,8 @@ def weighted_classes(
 ) -> Tensor:  # bool, B×K
     "The labels that weigh most: all of a multi-label row, the stronger one of a MixUp or CutMix row"
     if weights.numel() and not (0 <= weights.min() and weights.max() <= 1):
-        raise ValueError(f'label weights lie between 0 and 1, but target holds {weights.min().item():.3g} to {weights.max().item():.3g}: are these regression targets?')
+        found = f'{weights.min().item():.3g} to {weights.max().item():.3g}'
+        raise ValueError(f'label weights lie between 0 and 1, but target holds {found}: are these regression targets?')
     return (weights > 0) & ((weights == weights.amax(1, keepdim=True)) | (weights > 0.5))
 
 # %% ../nbs/00_attribution.ipynb #cdf3a119
@@ -73,7 +75,8 @@ def target_classes(
         whole = not t.is_floating_point() and t.dtype != torch.bool
         if whole and t.shape in (torch.Size(()), scores.shape[:1]): return numbered_classes(t, scores)
         target = f'a {t.dtype} tensor of shape {tuple(t.shape)}'
-    raise ValueError(f"target must be 'predicted', a class number, {len(scores)} class numbers, or label weights of shape {tuple(scores.shape)}; got {target!r}.")
+    raise ValueError(f"target must be 'predicted', a class number, {len(scores)} class numbers, or "
+                     f'label weights of shape {tuple(scores.shape)}; got {target!r}.')
 
 # %% ../nbs/00_attribution.ipynb #e71d40db
 def grad_x_act(
@@ -145,7 +148,8 @@ def attribution_function(
     if isinstance(method, str) and method in GRAPH_METHODS: return GRAPH_METHODS[method]
     if isinstance(method, type) and hasattr(method, 'attribute'): return captum_attribution(method)
     if callable(method) and not isinstance(method, type): return method
-    raise ValueError(f'attribution must be one of {sorted(GRAPH_METHODS)}, a captum layer attribution or a function of (psi, z, classes); got {method!r}.')
+    raise ValueError(f'attribution must be one of {sorted(GRAPH_METHODS)}, a captum layer attribution '
+                     f'or a function of (psi, z, classes); got {method!r}.')
 
 # %% ../nbs/00_attribution.ipynb #e4f3026e
 def checked_attribution(

@@ -110,7 +110,10 @@ class SGDropCallback(Callback):
         self.history = []
         self._check_settings()
 
-    def __repr__(self): return f'SGDropCallback(rho={self.rho}, layer={self.layer_name or self.layer!r}, teacher={self.teacher!r}, granularity={self.granularity!r}, share={self.share})'
+    def __repr__(self):
+        shown = dict(rho=self.rho, layer=self.layer_name or self.layer, target=self.target, teacher=self.teacher,
+                     granularity=self.granularity, share=self.share)
+        return f'SGDropCallback({", ".join(f"{k}={v!r}" for k, v in shown.items())})'
 
 # %% ../nbs/04_callback.ipynb #1450eae3
 @patch
@@ -197,7 +200,8 @@ def after_pred(self: SGDropCallback):
     "Replace the prediction by the scores under the mask"
     if not self.acting: return
     z = self.capture.z
-    if z is None: raise RuntimeError(f'the layer {self.layer_name!r} ran in evaluation but not in training, so there is no feature map to mask; choose another layer')
+    if z is None: raise RuntimeError(f'the layer {self.layer_name!r} ran in evaluation but not in training, so there is no '
+                                     'feature map to mask; choose another layer')
     plain = class_scores(self.learn.pred).as_subclass(Tensor)
     truth = label_classes(self.y, plain.detach(), first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler)))
     A = self._attribution(z, plain, truth)
@@ -248,10 +252,13 @@ def traps(
     "Which of the two traps a training is in, with the way out"
     found = []
     if report['under_mask'] - report['without'] > LEAK_GAP: found.append(LeakWarning(
-        f'SGDrop leak: accuracy on training images is {report["under_mask"]:.0%} under the mask and {report["without"]:.0%} without it, so the network '
-        "reads the class off the holes. Way out: split at the last feature map (layer=None), a smaller rho, target='predicted' with a teacher, granularity='spatial', or a smaller share."))
+        f'SGDrop leak: accuracy on training images is {report["under_mask"]:.0%} under the mask and {report["without"]:.0%} '
+        'without it, so the network '
+        "reads the class off the holes. Way out: split at the last feature map (layer=None), a smaller rho, "
+        "target='predicted' with a teacher, granularity='spatial', or a smaller share."))
     if report['kept'] < STARVING: found.append(StarvationWarning(
-        f'SGDrop starvation: the mask keeps {report["kept"]:.1%} of the evidence for the class, too little to learn from. Way out: a smaller rho, or a smaller share.'))
+        f'SGDrop starvation: the mask keeps {report["kept"]:.1%} of the evidence for the class, too little to learn from. '
+        'Way out: a smaller rho, or a smaller share.'))
     return found
 
 # %% ../nbs/04_callback.ipynb #3571abfd

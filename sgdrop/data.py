@@ -75,9 +75,10 @@ def with_cue(
 def _digit_loader(images, digits, **kwargs):
     "A loader of images and labels that fastai can show, decode and predict with"
     images = (images * 255).byte()
-    items = Datasets(range(len(images)), [[lambda i: TensorImage(images[i])], [lambda i: str(digits[i].item()), Categorize([str(d) for d in range(10)])]])
-    stats = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)
-    return TfmdDL(items, after_batch=[IntToFloatTensor(), Normalize.from_stats(*stats)], num_workers=0, device=default_device(), **kwargs)
+    image, label = lambda i: TensorImage(images[i]), lambda i: str(digits[i].item())
+    items = Datasets(range(len(images)), [[image], [label, Categorize([str(d) for d in range(10)])]])
+    normalize = Normalize.from_stats([0.5] * 3, [0.5] * 3)
+    return TfmdDL(items, after_batch=[IntToFloatTensor(), normalize], num_workers=0, device=default_device(), **kwargs)
 
 # %% ../nbs/07_data.ipynb #a501cf82
 def shortcut_digits(

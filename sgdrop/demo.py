@@ -4,12 +4,13 @@
 
 # %% ../nbs/09_demo.ipynb #30dd93c8
 from __future__ import annotations
-import argparse, io, json, os, statistics, sys, time
+import argparse, io, json, os, signal, statistics, sys, threading, time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -104,7 +105,8 @@ class DemoData:
 
 DATA = dict(
     digits=DemoData(shortcut_digits, ((16, 1), (32, 2), (64, 1)), 8, measure_digits, dict(
-        acc_present='cue present', acc_absent='cue absent', acc_misleading='cue misleading', cue_share='evidence on cue', epoch_ratio='time per epoch')),
+        acc_present='cue present', acc_absent='cue absent', acc_misleading='cue misleading',
+        cue_share='evidence on cue', epoch_ratio='time per epoch')),
     imagenette=DemoData(partial(imagenette, num_workers=0), ((32, 2), (64, 2), (128, 2)), 40, measure_photographs, dict(
         acc_valid='accuracy', nll_valid='loss (NLL)', attribution_ratio='attribution ratio', epoch_ratio='time per epoch'), imagenette_path))
 
@@ -112,9 +114,10 @@ DATA = dict(
 class EpochTimer(Callback):
     "Notes the seconds each training epoch takes, calls `tick` after it, and skips validation"
     def __init__(self, tick: Callable = noop): self.tick, self.seconds = tick, []
-    def before_train(self): self.began = time.perf_counter()
+    def before_fit(self): self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    def before_train(self): self.began = self.clock()
     def after_train(self):
-        self.seconds.append(time.perf_counter() - self.began)
+        self.seconds.append(self.clock() - self.began)
         self.tick()
     def before_validate(self): raise CancelValidException
 
@@ -146,19 +149,27 @@ def run_seed(
 ) -> tuple[list[dict], dict]:  # a record per method; images, regions (or None) and a map per method
     "Train and measure every method with the same seed"
     torch.set_num_threads(1)  # small networks are faster so, and two seeds can share two cores
-    records, pictures = [], dict(maps={})
-    for method in METHODS:
-        learn, record = train(data, method, seed, epochs, tick)
-        records.append(record)
+    records, maps, names = {}, {}, list(METHODS)
+    for method in names[seed % 3:] + names[:seed % 3]:  # none is always the first, with a cold machine
+        learn, records[method] = train(data, method, seed, epochs, tick)
         x, y = learn.dls.valid.one_batch()
         chosen = torch.linspace(0, len(x) - 1, n_images).long()
         x = x.as_subclass(Tensor)[chosen]
-        pictures['maps'][method] = evidence_map(last_map_attribution(learn.model, x), x.shape[2:]).cpu()
-    plain_seconds = records[0]['seconds']
-    for record in records: record['epoch_ratio'] = record.pop('seconds') / plain_seconds
+        maps[method] = evidence_map(last_map_attribution(learn.model, x), x.shape[2:]).cpu()
+    plain_seconds = records['plain']['seconds']
+    for record in records.values(): record['epoch_ratio'] = record.pop('seconds') / plain_seconds
     regions = getattr(learn.dls, 'cue_regions', None)
     images = learn.dls.valid.decode((learn.dls.valid.one_batch()[0],))[0].as_subclass(Tensor)[chosen].cpu() / 255
-    return records, dict(images=images, regions=None if regions is None else regions[chosen], **pictures)
+    return [records[m] for m in names], dict(images=images, regions=None if regions is None else regions[chosen], maps={m: maps[m] for m in names})
+
+# %% ../nbs/09_demo.ipynb #3dba2661
+@contextmanager
+def _interrupts_ignored():
+    "Processes started meanwhile leave Ctrl-C to this one"
+    if threading.current_thread() is not threading.main_thread(): yield; return  # only the main thread may
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/09_demo.ipynb #b14a2db6
 def _worker_setup(counter):
@@ -166,26 +177,28 @@ def _worker_setup(counter):
     _worker_setup.counter = counter
 
 def _count_epoch():
-    with _worker_setup.counter.get_lock(): _worker_setup.counter.value += 1
+    counter = _worker_setup.counter
+    with counter.get_lock(): counter.value += 1
+    if counter.value < 0 or not parent_process().is_alive(): raise InterruptedError('the demo was stopped')
 
 def _run_in_worker(data, seed, epochs): return run_seed(data, seed, epochs, _count_epoch)
 
-# %% ../nbs/09_demo.ipynb #c4830b4d
-def _run_in_processes(data, seeds, epochs, jobs):
+# %% ../nbs/09_demo.ipynb #18b9a144
+def _run_in_processes(data, seeds, epochs, jobs, show_bar):
     "Every seed's result, in order; a bar counts epochs meanwhile"
     context = get_context('spawn')
-    counter = context.Value('i', 0)
+    counter = context.Value('q', 0)
     with ProcessPoolExecutor(jobs, context, _worker_setup, (counter,)) as pool:
         try:
-            runs = [pool.submit(_run_in_worker, data, seed, epochs) for seed in seeds]
-            for epoch in progress_bar(range(len(seeds) * len(METHODS) * epochs), leave=False):
+            with _interrupts_ignored(): runs = [pool.submit(_run_in_worker, data, seed, epochs) for seed in seeds]
+            for epoch in progress_bar(range(len(seeds) * len(METHODS) * epochs), leave=False, display=show_bar):
                 while counter.value <= epoch and not all(r.done() for r in runs):
                     if any(r.done() and r.exception() for r in runs): break
                     time.sleep(0.1)
             return [r.result() for r in runs]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()): process.terminate()
+        except BaseException:  # Ctrl-C too: tell the workers to stop after their epoch
+            counter.value = -10**9
+            pool.shutdown(cancel_futures=True)
             raise
 
 # %% ../nbs/09_demo.ipynb #ad2d632c
@@ -194,11 +207,13 @@ def run_demo(
     n_seeds: int = 3,  # how many seeds, from 0
     epochs: int | None = None,  # how many; None for what suits the data
     jobs: int | None = None,  # how many seeds at a time; None for one per core
+    show_bar: bool = False,  # show a progress bar?
 ) -> tuple[list[dict], dict]:  # a record per method and seed; the pictures of seed 0
     "Train and measure every method with every seed"
     seeds, epochs = range(n_seeds), epochs or DATA[data].epochs
-    jobs = min(n_seeds, jobs or len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    runs = [run_seed(data, s, epochs) for s in seeds] if jobs == 1 else _run_in_processes(data, seeds, epochs, jobs)
+    jobs = min(n_seeds, jobs or os.cpu_count())
+    if jobs == 1 and not show_bar: runs = [run_seed(data, s, epochs) for s in seeds]
+    else: runs = _run_in_processes(data, seeds, epochs, jobs, show_bar)
     return [record for records, _ in runs for record in records], runs[0][1]
 
 # %% ../nbs/09_demo.ipynb #0872a76e
@@ -239,14 +254,16 @@ def plot_demo(
     "The same images, the evidence of each network on one scale, and its accuracies beside it"
     methods, n = list(pictures['maps']), len(pictures['images'])
     vmax = max(m.flatten(1).quantile(0.99, dim=1).mean().item() * m[0].numel() for m in pictures['maps'].values())
-    fig, axes = plt.subplots(len(methods) + 1, n, figsize=(1.25 * n + 3.2, 1.3 * (len(methods) + 1)), layout='constrained')
+    size = (1.2 * n + 3.2, 1.3 * (len(methods) + 1))
+    fig, axes = plt.subplots(len(methods) + 1, n + 1, figsize=size, layout='constrained', width_ratios=[1] * n + [1.5])
     for i, image in enumerate(pictures['images']):
         show_evidence(image, ax=axes[0, i])
         region = None if pictures['regions'] is None else pictures['regions'][i]
         for row, method in zip(axes[1:], methods): show_evidence(image, pictures['maps'][method][i], region, vmax, row[i])
-    for row, text in zip(axes, ['what it is shown', *_row_texts(records, data)]):
-        row[-1].annotate(text, (1.08, 0.5), xycoords='axes fraction', va='center', fontsize=9, linespacing=1.4)
-    fig.colorbar(axes[1, 0].images[-1], ax=axes[1:, :], location='left', shrink=0.7, label='evidence (1 = spread evenly)')
+    for ax, text in zip(axes[:, -1], ['The same images,\nthree networks:\nwhere is the evidence?', *_row_texts(records, data)]):
+        ax.axis('off')
+        ax.text(0, 0.5, text, va='center', fontsize=9, linespacing=1.4)
+    fig.colorbar(axes[1, 0].images[-1], ax=axes[:, 0], location='left', shrink=0.6, label='evidence (1 = spread evenly)')
     return fig
 
 # %% ../nbs/09_demo.ipynb #e9efe59a
@@ -256,7 +273,7 @@ def _row_texts(records, data):
     "What stands beside each network's pictures"
     means = pd.DataFrame(records).groupby('method', sort=False).mean()
     accuracies = {c: h for c, h in DATA[data].columns.items() if c.startswith('acc')}
-    return [NAMES[m] + ''.join(f'\n{h}: {means.loc[m, c]:.0%} right' if h != 'accuracy' else f'\n{means.loc[m, c]:.0%} right' for c, h in accuracies.items()) for m in means.index]
+    return ['\n'.join([NAMES[m], *[f'{heading}: {means.loc[m, c]:.1%}' for c, heading in accuracies.items()]]) for m in means.index]
 
 # %% ../nbs/09_demo.ipynb #debce36d
 def check_folder(
@@ -303,7 +320,8 @@ def _positive(text):
 def demo_parser() -> argparse.ArgumentParser:
     "The options of `sgdrop-demo`"
     p = _OneLineParser('sgdrop-demo', description='Train three networks on one shortcut, and show what each of them looks at.')
-    p.add_argument('--data', choices=list(DATA), default='digits', help='embedded digits, or photographs with few images per class (default: %(default)s)')
+    p.add_argument('--data', choices=list(DATA), default='digits',
+                   help='embedded digits, or photographs with few images per class (default: %(default)s)')
     p.add_argument('--seeds', type=_positive, default=3, metavar='N', help='how many seeds (default: %(default)s)')
     p.add_argument('--epochs', type=_positive, metavar='N', help='default: ' + ', '.join(f'{d.epochs} for {name}' for name, d in DATA.items()))
     p.add_argument('--jobs', type=_positive, metavar='N', help='how many seeds at a time (default: one per core)')
@@ -319,11 +337,12 @@ def main(
     try:
         check_folder(args.out)
         DATA[args.data].ready()
-        records, pictures = run_demo(args.data, args.seeds, args.epochs, args.jobs)
+        records, pictures = run_demo(args.data, args.seeds, args.epochs, args.jobs, show_bar=sys.stdout.isatty())
         save_demo(args.out, records, plot_demo(records, pictures, args.data))
     except KeyboardInterrupt: return _complain('interrupted; nothing was written', 130)
     except OSError as e: return _complain(e, 1)
-    sys.stdout.write(f'{demo_table(records, args.data)}\nmean ± standard deviation over {args.seeds} seeds; {args.out}/demo.json, {args.out}/demo.png\n')
+    sys.stdout.write(f'{demo_table(records, args.data).to_string()}\nmean ± standard deviation over {args.seeds} seeds; '
+                     f'{args.out}/demo.json, {args.out}/demo.png\n')
     return 0
 
 def _complain(what, status):

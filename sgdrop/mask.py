@@ -60,7 +60,8 @@ def group_attribution(
     "The attribution of each thing that is kept or dropped as one"
     if granularity not in SUMMED_OVER: raise ValueError(f'granularity must be one of {list(SUMMED_OVER)}, got {granularity!r}')
     if granularity == 'channel' and A.shape[1] == 1:
-        raise ValueError("granularity 'channel' needs an attribution with channels, but this one (Grad-CAM?) has one value per position; use 'spatial'")
+        raise ValueError("granularity 'channel' needs an attribution with channels, but this one (Grad-CAM?) "
+                         "has one value per position; use 'spatial'")
     dims = SUMMED_OVER[granularity]
     return A.sum(dims, keepdim=True) if dims else A
 
@@ -74,7 +75,8 @@ def finite_rows(
     "Which rows are all finite; warns of the others"
     finite = A.isfinite().all(dim=1, keepdim=True)
     if not finite.all():
-        warnings.warn(f'{(~finite).sum().item()} of {len(A)} attributions hold NaN or infinity; nothing is dropped there.', SaliencyWarning, stacklevel=3)
+        warnings.warn(f'{(~finite).sum().item()} of {len(A)} attributions hold NaN or infinity; nothing is dropped there.',
+                      SaliencyWarning, stacklevel=3)
     return finite
 
 # %% ../nbs/01_mask.ipynb #70032faf

@@ -36,7 +36,8 @@ def example_input(
 ) -> Tensor:  # noise, 2×channels×size×size, on the device and in the precision of `model`
     "A batch of two noise images that fits the first convolution of `model`"
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None: raise ValueError(f'{type(model).__name__} has no Conv2d layer, so no feature map to split at. SGDrop is for convolutional networks.')
+    if first is None:
+        raise ValueError(f'{type(model).__name__} has no Conv2d layer, so no feature map to split at. SGDrop is for convolutional networks.')
     noise = torch.randn(2, first.in_channels, size, size, generator=torch.Generator().manual_seed(0))
     return noise.to(first.weight)
 
@@ -119,7 +120,9 @@ def checked_layer(
     shape = shapes.get(name)
     if shape is not None and len(shape) == 4: return name
     found = f'puts out a tensor of shape {tuple(shape)}' if shape is not None else 'puts out no tensor, or does not run'
-    raise ValueError(f'the layer {name!r} {found}; SGDrop needs a feature map B×C×H×W. The last such layer is {list(_maps_among(shapes, model))[-1]!r}')
+    last = list(_maps_among(shapes, model))[-1:]
+    hint = f' The last such layer is {last[0]!r}' if last else ''
+    raise ValueError(f'the layer {name!r} {found}; SGDrop needs a feature map B×C×H×W.{hint}')
 
 # %% ../nbs/02_split.ipynb #2412ee2f
 def cut_sequential(

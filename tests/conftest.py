@@ -1,3 +1,5 @@
+import random
+
 import hypothesis
 import pytest
 import torch
@@ -37,7 +39,8 @@ def make_learner(tmp_path):
         x = images(n, size)
         y = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(1)) if labels is None else labels
         items = list(zip(x, y))
-        dls = DataLoaders.from_dsets(items, items, bs=bs, device=device)
         torch.manual_seed(seed)
+        random.seed(seed)  # which fastai shuffles by
+        dls = DataLoaders.from_dsets(items, items[:2 * bs], bs=bs, device=device)
         return Learner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=SGD, lr=0.05, path=tmp_path, cbs=cbs, **kwargs)
     return make

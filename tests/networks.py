@@ -19,16 +19,28 @@ class Network(NamedTuple):
     has_aux: bool = False  # does it return several outputs in training mode?
 
 
-def vision(arch, layer, **options): return Network(lambda: getattr(tv, arch)(num_classes=10, **options), layer)
-def from_timm(arch, layer): return Network(lambda: timm.create_model(arch, num_classes=10), layer)
+def vision(arch, layer, **options):
+    return Network(lambda: getattr(tv, arch)(num_classes=10, **options), layer)
+
+
+def vgg11(batch_norm):
+    "torchvision's VGG-11, its head with fewer units, since 120 million weights would make for slow tests"
+    with torch.device('meta'): net = tv.VGG(nn.Identity(), num_classes=10, init_weights=False)
+    net.features = tv.vgg.make_layers(tv.vgg.cfgs['A'], batch_norm)
+    for i, (n_in, n_out) in {0: (512 * 49, 64), 3: (64, 64), 6: (64, 10)}.items(): net.classifier[i] = nn.Linear(n_in, n_out)
+    return net
+
+
+def from_timm(arch, layer):
+    return Network(lambda: timm.create_model(arch, num_classes=10), layer)
 
 
 NETWORKS = {
     'fastai vision_learner': Network(lambda: create_vision_model(resnet18, 10, pretrained=False), '0'),
     'fastai xresnet18': Network(lambda: xresnet18(n_out=10), '7'),
     'resnet18': vision('resnet18', 'layer4'),
-    'vgg11': vision('vgg11', 'features', init_weights=False),
-    'vgg11_bn': vision('vgg11_bn', 'features', init_weights=False),
+    'vgg11': Network(lambda: vgg11(False), 'features'),
+    'vgg11_bn': Network(lambda: vgg11(True), 'features'),
     'densenet121': vision('densenet121', 'features'),
     'efficientnet_b0': vision('efficientnet_b0', 'features'),
     'mobilenet_v2': vision('mobilenet_v2', 'features'),

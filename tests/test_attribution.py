@@ -12,7 +12,8 @@ from networks import NETWORKS, build, images, relative_gap
 from sgdrop.attribution import attribute, captum_attribution
 from sgdrop.split import split_model
 
-METHODS = ['grad_x_act', 'gradcam', LayerGradientXActivation, captum_attribution(LayerIntegratedGradients, n_steps=3)]
+METHODS = [pytest.param(m, id=name) for name, m in {'grad_x_act': 'grad_x_act', 'gradcam': 'gradcam', 'captum class': LayerGradientXActivation,
+           'captum with options': captum_attribution(LayerIntegratedGradients, n_steps=3)}.items()]
 
 # None is the last feature map; the others lie further in
 PLACES = [('resnet18', None), ('resnet18', 'layer3.0'), ('vgg11_bn', None), ('vgg11_bn', 'features.18'), ('densenet121', None),

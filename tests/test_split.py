@@ -1,0 +1,198 @@
+"Every promised network is cut by itself, and its halves compute what it does to the bit."
+import warnings
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from captum.attr import LayerGradCam, LayerGradientShap, LayerGradientXActivation, LayerIntegratedGradients
+from torch import nn
+from torchvision import models as tv
+
+from networks import NETWORKS, build, hooked, images, relative_gap
+from sgdrop.attribution import attribute, captum_attribution, main_output
+from sgdrop.split import ReplayedTail, find_layer, split_model
+
+
+@pytest.fixture(scope='module', params=NETWORKS)
+def cut(request):
+    "A network, its halves, its entry in the table, and what was warned of when it was cut"
+    model = build(request.param).eval()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        phi, psi = split_model(model)
+    return model, phi, psi, NETWORKS[request.param], caught
+
+
+def fresh(network, seed=1): return images(3, network.size, seed)
+
+
+def test_the_last_feature_map_is_found(cut):
+    model, _, _, network, _ = cut
+    assert find_layer(model) == find_layer(model, fresh(network)) == network.layer
+
+
+def test_psi_after_phi_equals_the_network_to_the_bit(cut):
+    model, phi, psi, network, _ = cut
+    x = fresh(network)
+    with torch.no_grad(): assert psi(phi(x)).equal(model(x))
+    assert phi(x).ndim == 4
+
+
+def test_the_network_is_cut_without_a_second_pass(cut):
+    _, _, psi, _, caught = cut
+    assert [str(w.message) for w in caught] == [] and not isinstance(psi, ReplayedTail)
+
+
+def test_the_halves_hold_the_networks_own_parameters(cut):
+    model, phi, psi, network, _ = cut
+    own, halves = ({id(p) for m in ms for p in m.parameters()} for ms in ([model], [phi, psi]))
+    assert halves <= own and (halves == own or network.has_aux)
+    assert next(phi.parameters()).data_ptr() == next(model.parameters()).data_ptr()
+
+
+def test_a_deep_copy_of_psi_computes_the_same_with_weights_of_its_own(cut):
+    model, phi, psi, network, _ = cut
+    x = fresh(network)
+    with torch.no_grad():
+        z = phi(x)
+        teacher = deepcopy(psi)
+        assert teacher(z).equal(psi(z))
+    assert not {p.data_ptr() for p in teacher.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert len(list(teacher.parameters())) == len(list(psi.parameters())) and len(list(teacher.buffers())) == len(list(psi.buffers()))
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_splitting_leaves_no_trace_and_training_mode_computes_the_same_too(name):
+    model, network = build(name).train(), NETWORKS[name]
+    for m in model.modules():
+        if type(m) is nn.Dropout: m.p = 0.   # or a replayed ψ, which runs twice, would draw other numbers
+    frozen = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)][:1]
+    for m in frozen: m.eval()
+    x = images(2, network.train_size)
+    before, modes, rng = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()], torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        phi, psi = split_model(model, None, x)
+    assert [m.training for m in model.modules()] == modes and torch.get_rng_state().equal(rng) and not hooked(model)
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        whole = main_output(model(x))
+        torch.set_rng_state(rng)
+        assert psi(phi(x)).equal(whole)
+
+
+INNER = [('resnet18', 'layer3'), ('resnet18', 'layer2.0'), ('vgg11_bn', 'features.21'), ('densenet121', 'features.transition2'), ('convnext_tiny', 'features.5'),
+         ('convnext_tiny', 'features.5.4'), ('efficientnet_b0', 'features.5.1'), ('mobilenet_v2', 'features.13'), ('mobilenet_v3_small', 'features.8'),
+         ('fastai xresnet18', '6.0'), ('fastai vision_learner', '0.6.1'), ('regnet_y_400mf', 'trunk_output.block3.block3-1'), ('shufflenet_v2_x0_5', 'stage3.2'),
+         ('squeezenet1_1', 'features.12'), ('mnasnet0_5', 'layers.10.0'), ('timm regnetx_002', 's3.b2'), ('timm convnext_atto', 'stages.2.blocks.3'),
+         ('timm resnetv2_50', 'stages.2.blocks.1'), ('timm efficientnet_lite0', 'blocks.4.1'), ('timm resnet10t', 'layer3.0')]
+
+
+@pytest.mark.parametrize('name, layer', INNER)
+def test_a_layer_further_in_is_cut_by_name_and_by_module(name, layer):
+    model, x = build(name).eval(), images(3, NETWORKS[name].size)
+    seen = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        by_name, by_module = split_model(model, layer), split_model(model, model.get_submodule(layer))
+        with model.get_submodule(layer).register_forward_hook(lambda m, i, out: seen.append(out.clone())): scores = model(x)
+        for phi, psi in (by_name, by_module): assert phi(x).equal(seen[0]) and psi(seen[0].clone()).equal(scores)
+
+
+# a branch beside the layer: nothing can be cut behind it
+BYPASSED = [('resnet18', 'layer4.1.conv1'), ('densenet121', 'features.denseblock4.denselayer3'), ('convnext_tiny', 'features.5.1.block.0'),
+            ('mobilenet_v2', 'features.3.conv.0')]
+
+
+@pytest.mark.parametrize('name, layer', BYPASSED)
+def test_where_no_cut_is_possible_psi_replays_the_network_with_the_same_numbers(name, layer):
+    model, x, labels = build(name).eval(), images(2, 64), torch.tensor([3, 0])
+    with pytest.warns(UserWarning, match=f'{type(model).__name__} cannot be cut behind {layer!r}.*a second time'): phi, psi = split_model(model, layer)
+    inner = model.get_submodule(layer)
+    with torch.no_grad(): assert psi(phi(x)).equal(model(x))
+    for m in model.modules():
+        if getattr(m, 'inplace', False): m.inplace = False  # captum looks at the map afterwards
+    z = phi(x)
+    assert relative_gap(attribute(psi, z, labels), LayerGradientXActivation(model, inner).attribute(x, target=labels).clamp(min=0)) < 1e-5
+    assert relative_gap(attribute(psi, z, labels, 'gradcam'), LayerGradCam(model, inner).attribute(x, target=labels, relu_attributions=True)) < 1e-5
+    assert not hooked(model)
+
+
+class Bypassed(nn.Module):
+    "Scores that depend on the map, linearly, and on the image too"
+    def __init__(self): super().__init__(); self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 4)
+    def forward(self, x): return self.fc((self.conv(x) * x.mean((2, 3), keepdim=True)).mean((2, 3)))
+
+
+@pytest.mark.parametrize('cls, options', [(LayerIntegratedGradients, dict(n_steps=5)), (LayerIntegratedGradients, dict(n_steps=5, internal_batch_size=6)),
+                                          (LayerGradientShap, dict(n_samples=4, baselines=torch.zeros(1, 3, 6, 6)))])
+def test_a_replayed_psi_keeps_up_when_captum_expands_the_batch(cls, options):
+    model, x, labels = Bypassed(), images(3, 6) + torch.tensor([1., 10., 100.]).view(3, 1, 1, 1), torch.tensor([0, 1, 2])
+    with pytest.warns(UserWarning, match='cannot be cut'): phi, psi = split_model(model, 'conv', x)
+    z = phi(x).detach()
+    gradient = model.fc.weight[labels] * x.mean((2, 3)) / 36   # linear, so every path from zero to z says the same
+    by_hand = (z * gradient[:, :, None, None]).clamp(min=0)
+    assert relative_gap(attribute(psi, z, labels, captum_attribution(cls, **options)), by_hand) < 1e-5
+
+
+class Chooses(nn.Module):
+    "A forward pass that depends on its data, which no trace can follow"
+    def __init__(self): super().__init__(); self.conv, self.pool, self.fc = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
+    def forward(self, x):
+        z = self.conv(x)
+        if z.mean() > 0: z = -z
+        return self.fc(self.pool(z).flatten(1))
+
+
+def test_a_network_that_cannot_be_traced_is_replayed():
+    model, x = Chooses(), images(2, 16)
+    with pytest.warns(UserWarning, match='Chooses cannot be cut'): phi, psi = split_model(model, None, x)
+    assert psi(phi(x)).equal(model(x))
+
+
+@pytest.mark.parametrize('name, size', [('inception_v3', 96), ('resnet50', 32), ('resnet18', 32)])
+def test_in_small_images_the_last_map_is_one_that_can_be_cut_behind(name, size):
+    model = build(name) if name in NETWORKS else getattr(tv, name)(num_classes=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        _, psi = split_model(model.eval(), None, images(2, size))
+    assert not isinstance(psi, ReplayedTail)
+
+
+@pytest.mark.parametrize('name, layer, nearest', [('resnet18', 'layer5', 'layer4'), ('convnext_tiny', 'feature.7', 'features.7'),
+                                                  ('densenet121', 'denseblock4', 'features.denseblock4'), ('timm regnetx_002', 's5', 's4')])
+def test_an_unknown_layer_is_answered_with_the_nearest_names(name, layer, nearest):
+    with pytest.raises(ValueError, match=f"has no layer {layer!r}; the nearest names are .*'{nearest}'"): split_model(build(name), layer)
+
+
+@pytest.mark.parametrize('name, layer, shape', [('resnet18', 'fc', r'\(2, 10\)'), ('mobilenet_v2', 'classifier', r'\(2, 10\)'), ('timm regnetx_002', 'head', r'\(2, 10\)')])
+def test_a_layer_without_a_feature_map_is_told_what_it_makes_and_where_the_last_map_is(name, layer, shape):
+    with pytest.raises(ValueError, match=f'{layer!r} puts out a tensor of shape {shape}.*The last such layer is {NETWORKS[name].layer!r}'): split_model(build(name), layer)
+
+
+def test_a_layer_that_does_not_run_is_told_so():
+    with pytest.raises(ValueError, match="'aux1' puts out no tensor, or does not run"): split_model(build('googlenet').eval(), 'aux1')
+
+
+def test_a_wrong_layer_is_told_so_where_no_layer_at_all_makes_a_map():
+    model = nn.Sequential(nn.Conv2d(3, 8, 16), nn.Flatten(), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="'2' puts out a tensor of shape"): split_model(model, '2', images(2, 16))
+
+
+def test_a_transformer_is_refused():
+    model = timm.create_model('vit_tiny_patch16_224', num_classes=10, img_size=64, depth=2)
+    with pytest.raises(ValueError, match='VisionTransformer works on tokens.*transformers are not supported'): split_model(model, None, images(2, 64))
+
+
+def test_a_network_without_convolutions_is_refused():
+    with pytest.raises(ValueError, match='Sequential has no Conv2d layer'): split_model(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)))
+
+
+def test_images_too_small_for_a_map_are_suspected():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match='are the images too small'): split_model(model, None, images(2, 3))
+
+
+def test_a_module_of_another_network_is_refused():
+    with pytest.raises(ValueError, match='the layer Sequential is not a part of ResNet'): split_model(build('resnet18'), build('resnet18').layer4)

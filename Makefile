@@ -4,8 +4,10 @@ BIN := $(CURDIR)/.venv/bin
 VENV := .venv/.installed
 MIN := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 SAY = @printf '\n== %s\n'
-# Notebooks run two at a time, so each gets one core. Importing fastai makes torch warn: none of it belongs in their outputs.
-NBTEST = OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning:torch.jit._script "$(BIN)/nbdev-test" --n-workers 2 --timing
+# One thread each: a second one, on a core that another process uses, makes small networks ten times slower.
+# The warning is PyTorch's, about fastai; none of it belongs in stored outputs.
+QUIET = OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning:torch.jit._script
+NBTEST = $(QUIET) "$(BIN)/nbdev-test" --n-workers 2 --timing
 
 .PHONY: help demo test synced readme-current notebooks nbs readme
 .NOTPARALLEL:
@@ -18,7 +20,7 @@ demo: $(VENV)  ## train with and without SGDrop on the embedded digits; results 
 
 test: synced readme-current notebooks  ## check that notebooks, modules and README agree, then run notebooks and pytest
 	$(SAY) 'pytest'
-	@"$(BIN)/pytest" -q
+	@$(QUIET) "$(BIN)/pytest" -q
 
 synced: $(VENV)
 	$(SAY) 'notebooks are clean and sgdrop/ is their export'
@@ -36,9 +38,9 @@ notebooks: $(VENV)
 	$(SAY) 'every notebook runs from top to bottom'
 	@$(NBTEST)
 
-nbs: $(VENV)  ## export and rerun all notebooks, saving their outputs, and remake the README
+nbs: $(VENV)  ## export and rerun all notebooks (or NB=nbs/one.ipynb), saving their outputs, and remake the README
 	@"$(BIN)/nbdev-export"
-	@$(NBTEST) --save; s=$$?; "$(BIN)/nbdev-clean"; exit $$s
+	@$(NBTEST) --save $(NB); s=$$?; "$(BIN)/nbdev-clean"; exit $$s
 	@"$(BIN)/python" docs/readme.py
 
 readme: $(VENV)  ## remake README.md from the executed nbs/index.ipynb

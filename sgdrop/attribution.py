@@ -106,8 +106,9 @@ class _SummedScore(nn.Module):
         super().__init__()
         self.feature_map, self.psi = nn.Identity(), psi
 
-    def forward(self, z, classes):
-        scores = class_scores(self.psi(self.feature_map(z).clone()))
+    def forward(self, z, classes, images):
+        which = dict(images=images) if getattr(self.psi, 'needs_images', False) else {}
+        scores = class_scores(self.psi(self.feature_map(z).clone(), **which))
         return torch.where(classes, scores, 0).sum(1)
 
 # %% ../nbs/00_attribution.ipynb #57e4fe3c
@@ -117,8 +118,8 @@ def captum_attribution(
 ) -> Callable:  # attribution function of (psi, z, classes)
     "Use captum's layer attribution `cls` on the feature map"
     def attribution(psi, z, classes):
-        score = _SummedScore(psi)
-        out = cls(score, score.feature_map).attribute(z, additional_forward_args=(classes,), **options)
+        score, images = _SummedScore(psi), torch.arange(len(z), device=z.device)
+        out = cls(score, score.feature_map).attribute(z, additional_forward_args=(classes, images), **options)
         return out[0] if isinstance(out, tuple) else out
     return attribution
 

@@ -15,14 +15,14 @@ from fastcore.basics import first, patch, store_attr
 from torch import Tensor, nn
 
 from .attribution import GRAPH_METHODS, attribute, attribution_function, checked_attribution, class_scores, preserved, target_classes
-from .mask import SUMMED_OVER, SaliencyWarning, check_fraction, kept_evidence, mask_share, saliency_mask
+from .mask import SUMMED_OVER, SaliencyWarning, check_fraction, kept_evidence, mask_share, n_dropped, saliency_mask
 from .split import ReplayedTail, checked_layer, split_model
-from .teacher import EMATeacher
+from .teacher import EMATeacher, in_float32
 
 # %% auto #0
 __all__ = ['LEAK_GAP', 'STARVING', 'ENOUGH_IMAGES', 'MapCapture', 'masked_scores', 'with_scores', 'label_classes', 'is_active',
            'SGDropCallback', 'unwrapped', 'trap_sums', 'LeakWarning', 'StarvationWarning', 'NoEffectWarning', 'traps',
-           'TrapWatch']
+           'TrapWatch', 'idle_reason']
 
 # %% ../nbs/04_callback.ipynb #beecb298
 class MapCapture:
@@ -31,17 +31,23 @@ class MapCapture:
         model: nn.Module,  # the network that will run
         layer: nn.Module,  # the layer in it whose output to note
     ):
-        self.z = None
-        self.handles = [layer.register_forward_hook(self.note), model.register_forward_hook(self.release, always_call=True)]
+        self.z, self.model, self.own_forward = None, model, model.__dict__.get('forward')  # a compiled model has its own
+        self.handle, self.forward, model.forward = layer.register_forward_hook(self.note), model.forward, self.guarded
+
+    def guarded(self, *args, **kwargs):
+        try: return self.forward(*args, **kwargs)
+        finally: self.release()
 
     def note(self, module, inputs, out):
         out = out.as_subclass(Tensor)
         self.z = out if out.requires_grad else out.detach().requires_grad_()
         return self.z.clone()
 
-    def release(self, *_):
-        for h in self.handles: h.remove()
-        self.handles = []
+    def release(self):
+        self.handle.remove()
+        if self.model.__dict__.get('forward') == self.guarded:
+            del self.model.forward
+            if self.own_forward is not None: self.model.forward = self.own_forward
 
 # %% ../nbs/04_callback.ipynb #2246aa07
 def masked_scores(
@@ -83,7 +89,7 @@ def is_active(
     end: float = 1.,  # part of the training after which it ends
 ) -> bool:
     "Does SGDrop act at this point of the training?"
-    return start <= done < end
+    return start <= done + 1e-6 < end  # fastai adds `done` up batch by batch, so it may fall short of what it should be
 
 # %% ../nbs/04_callback.ipynb #d108ba0e
 class SGDropCallback(Callback):
@@ -133,7 +139,7 @@ def before_fit(self: SGDropCallback):
     "Forget what an earlier fit left"
     self.psi = self.teacher_halves = self.ema_teacher = None
     self.acting = self.skipped = self.cancelled = False
-    self.n_batches, self.n_masked, self.warned, self.history = 0, 0., set(), []
+    self.n_batches, self.n_masked, self.n_choices, self.warned, self.history = 0, 0., None, set(), []
     self.watch = TrapWatch()
     self.rng = torch.Generator().manual_seed(torch.initial_seed())
 
@@ -159,13 +165,13 @@ def _set_up(self: SGDropCallback):
         if self.teacher == 'head': self.ema_teacher = EMATeacher(self.psi, self.ema)
         if self.teacher == 'full':
             self.ema_teacher = EMATeacher(model, self.ema)
-            self.teacher_halves = split_model(self.ema_teacher.module, self.layer_name, *xb)
+            self.teacher_halves = split_model(self.ema_teacher.module, self.layer_name, *map(in_float32, xb))
 
 # %% ../nbs/04_callback.ipynb #788c0c72
 @patch
 def before_batch(self: SGDropCallback):
     "Ask for the feature map, if SGDrop acts on this batch"
-    if self.capture: self.capture.release()  # an earlier batch may have failed before the model ran
+    self.after_batch()  # an earlier batch may have ended in an error
     self.acting = False
     if self.rho == 0: return
     if self.psi is None: self._set_up()
@@ -180,10 +186,11 @@ def _attribution(self: SGDropCallback, z, scores, truth):
     target = 'predicted' if self.target == 'predicted' else truth.int()
     if self.teacher is None and isinstance(self.attribution, str):
         return checked_attribution(GRAPH_METHODS[self.attribution](scores, z, target_classes(target, scores.detach())), z)
-    psi = self.psi if self.teacher is None else self.ema_teacher.module
+    if self.teacher is None: return attribute(self._ready(self.psi), z, target, self.attribution)
+    psi, z = self.ema_teacher.module, in_float32(z)
     if self.teacher == 'full':
         phi, psi = self.teacher_halves
-        with torch.no_grad(): z = phi(*[x.as_subclass(Tensor) for x in self.xb])
+        with torch.no_grad(): z = phi(*[in_float32(x.as_subclass(Tensor)) for x in self.xb])
     return attribute(self._ready(psi), z, target, self.attribution)
 
 # %% ../nbs/04_callback.ipynb #fc028482
@@ -209,9 +216,16 @@ def after_pred(self: SGDropCallback):
     masked = masked_scores(self._ready(self.psi), z, M).to(plain.dtype)
     self.learn.pred = with_scores(self.learn.pred, masked)
     self.watch.add(plain.detach(), masked.detach(), truth, A, M)
-    self.capture.z = None  # or the map would live on until the next batch
+    self.n_choices = M[0].numel()
 
 # %% ../nbs/04_callback.ipynb #2814e15f
+@patch
+def after_batch(self: SGDropCallback):
+    "Let go of the feature map"
+    if self.capture: self.capture.release()
+    self.capture = None
+
+# %% ../nbs/04_callback.ipynb #ed3f2ae3
 @patch
 def after_cancel_step(self: SGDropCallback):
     "Note that the weights did not change"
@@ -290,6 +304,17 @@ def after_train(self: SGDropCallback):
         if type(trap) not in self.warned: warnings.warn(trap, stacklevel=2)
         self.warned.add(type(trap))
 
+# %% ../nbs/04_callback.ipynb #2eb4d64e
+def idle_reason(
+    n_choices: int | None,  # how many elements of each image could be dropped; None if no batch got so far
+    rho: float,  # share to drop
+) -> str:
+    "Why nothing was dropped, and what to do about it"
+    if n_choices is None: return 'no batch was masked. Look at start, end and share.'
+    if n_dropped(n_choices, rho) == 0: return (f'rho={rho} of {n_choices} is less than one. Way out: a larger rho, larger images, '
+                                               "an earlier layer, or granularity='element'.")
+    return 'the attribution was zero, tied or not finite in every image.'
+
 # %% ../nbs/04_callback.ipynb #c66885c3
 @patch
 def after_cancel_fit(self: SGDropCallback):
@@ -300,6 +325,5 @@ def after_cancel_fit(self: SGDropCallback):
 def after_fit(self: SGDropCallback):
     "Let go of the network; warn if nothing was ever dropped"
     idle = self.n_batches > 0 and self.n_masked == 0 and not self.cancelled
-    if idle: warnings.warn(f'SGDrop dropped nothing in {self.n_batches} batches: the attribution was zero or not finite, '
-                           f'or no batch lay between start={self.start} and end={self.end} (share={self.share}).', NoEffectWarning)
-    self.psi = self.teacher_halves = self.capture = None
+    if idle: warnings.warn(f'SGDrop dropped nothing in {self.n_batches} batches: {idle_reason(self.n_choices, self.rho)}', NoEffectWarning)
+    self.psi = self.teacher_halves = None

@@ -18,11 +18,11 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import Learner  # with its method fit_one_cycle
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.layers import ConvLayer, ResBlock
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import set_seed
+from fastai.torch_core import TensorImage, set_seed
 from fastcore.basics import noop
 from fastprogress.fastprogress import progress_bar
 from matplotlib.figure import Figure
@@ -35,9 +35,9 @@ from .focus import attribution_ratio, evidence_map, region_share
 from .split import evaluating, split_model
 
 # %% auto #0
-__all__ = ['METHODS', 'DATA', 'NAMES', 'small_resnet', 'whole', 'last_map_attribution', 'measure_digits', 'measure_photographs',
-           'DemoData', 'EpochTimer', 'train', 'run_seed', 'run_demo', 'demo_table', 'show_evidence', 'plot_demo',
-           'check_folder', 'write_whole', 'save_demo', 'demo_parser', 'main']
+__all__ = ['METHODS', 'DATA', 'NAMES', 'small_resnet', 'spread_over', 'last_map_attribution', 'measure_digits',
+           'measure_photographs', 'DemoData', 'EpochTimer', 'train', 'run_seed', 'run_demo', 'demo_table',
+           'show_evidence', 'plot_demo', 'check_folder', 'write_whole', 'save_demo', 'demo_parser', 'main']
 
 # %% ../nbs/09_demo.ipynb #ca9bcffa
 METHODS: dict[str, Callable] = dict(
@@ -55,13 +55,14 @@ def small_resnet(
     blocks = [ResBlock(1, n_in, width, stride=stride) for n_in, (width, stride) in zip(widths, stages)]
     return nn.Sequential(ConvLayer(3, 16, stride=2), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], n_out))
 
-# %% ../nbs/09_demo.ipynb #845ae375
-def whole(
-    dl,  # a fastai loader of a small set
-) -> tuple[Tensor, Tensor]:  # images and labels
-    "Every image and label of a loader"
-    xs, ys = zip(*dl)
-    return torch.cat(xs).as_subclass(Tensor), torch.cat(ys).as_subclass(Tensor)
+# %% ../nbs/09_demo.ipynb #572587a4
+def spread_over(
+    dl: TfmdDL,  # a loader of validation images
+    n: int,  # how many images
+) -> tuple[Tensor, Tensor]:  # n images, n×3×H×W, and which of the set they are
+    "Images spread evenly over a set"
+    chosen = torch.linspace(0, len(dl.dataset) - 1, n).long()
+    return dl.new(get_idxs=chosen.tolist, bs=n).one_batch()[0].as_subclass(Tensor), chosen
 
 def last_map_attribution(
     model: nn.Module,  # a network
@@ -77,8 +78,8 @@ def measure_digits(
 ) -> dict[str, float]:
     "Accuracy with the cue present, absent and misleading, and the share of the evidence that lies on it"
     row = {f'acc_{cue}': learn.validate(dl=dl)[1] for cue, dl in learn.dls.tests.items()}
-    x, _ = whole(learn.dls.tests['present'])
-    share = region_share(last_map_attribution(learn.model, x), learn.dls.cue_regions.to(x.device))
+    x, chosen = spread_over(learn.dls.tests['present'], len(learn.dls.cue_regions))
+    share = region_share(last_map_attribution(learn.model, x), learn.dls.cue_regions[chosen].to(x.device))
     return dict(**row, cue_share=share.mean().item())
 
 # %% ../nbs/09_demo.ipynb #7389a76f
@@ -87,8 +88,8 @@ def measure_photographs(
 ) -> dict[str, float]:
     "Validation accuracy and loss, and the attribution ratio"
     loss, acc = learn.validate()
-    x, _ = learn.dls.valid.one_batch()
-    ratio = attribution_ratio(last_map_attribution(learn.model, x.as_subclass(Tensor)))
+    x, _ = spread_over(learn.dls.valid, 500)
+    ratio = attribution_ratio(last_map_attribution(learn.model, x))
     return dict(acc_valid=acc, nll_valid=loss, attribution_ratio=ratio.mean().item())
 
 # %% ../nbs/09_demo.ipynb #86afba3b
@@ -152,14 +153,12 @@ def run_seed(
     records, maps, names = {}, {}, list(METHODS)
     for method in names[seed % 3:] + names[:seed % 3]:  # none is always the first, with a cold machine
         learn, records[method] = train(data, method, seed, epochs, tick)
-        x, y = learn.dls.valid.one_batch()
-        chosen = torch.linspace(0, len(x) - 1, n_images).long()
-        x = x.as_subclass(Tensor)[chosen]
+        x, chosen = spread_over(learn.dls.valid, n_images)
         maps[method] = evidence_map(last_map_attribution(learn.model, x), x.shape[2:]).cpu()
     plain_seconds = records['plain']['seconds']
     for record in records.values(): record['epoch_ratio'] = record.pop('seconds') / plain_seconds
     regions = getattr(learn.dls, 'cue_regions', None)
-    images = learn.dls.valid.decode((learn.dls.valid.one_batch()[0],))[0].as_subclass(Tensor)[chosen].cpu() / 255
+    images = learn.dls.valid.decode((TensorImage(x),))[0].as_subclass(Tensor).cpu() / 255
     return [records[m] for m in names], dict(images=images, regions=None if regions is None else regions[chosen], maps={m: maps[m] for m in names})
 
 # %% ../nbs/09_demo.ipynb #3dba2661

@@ -76,6 +76,13 @@ def feature_maps(
     "The layers of `model` that put out a feature map of more than one position"
     return _maps_among(run_order(model, *(xb or (example_input(model),))), model)
 
+# %% ../nbs/02_split.ipynb #439a340b
+def _inside_a_block(layer, maps, modules):
+    "Does a module around `layer`, other than a plain `nn.Sequential`, go on to something that is no feature map?"
+    parts = layer.split('.')
+    around = ['.'.join(parts[:i]) for i in range(1, len(parts))]
+    return any(name not in maps and type(modules[name]).forward is not nn.Sequential.forward for name in around)
+
 # %% ../nbs/02_split.ipynb #d0760f3d
 def find_layer(
     model: nn.Module,  # a network for images
@@ -85,7 +92,8 @@ def find_layer(
     shapes = run_order(model, *(xb or (example_input(model),)))
     maps = _maps_among(shapes, model)
     if not maps: raise ValueError(f'no layer of {type(model).__name__} puts out a feature map of more than one position; are the images too small?')
-    layer = list(maps)[-1]
+    modules = dict(model.named_modules())
+    layer = next((name for name in reversed(maps) if not _inside_a_block(name, maps, modules)), list(maps)[-1])
     after = list(shapes)[list(shapes).index(layer):]
     tokens = next((name for name in after if len(shapes[name]) == 3), None)
     if tokens: raise ValueError(f'after its last feature map ({layer!r}), {type(model).__name__} works on tokens ({tokens!r}); '
@@ -164,6 +172,12 @@ def _graph_until(graph, cut):
     phi.output(copies[cut])
     return phi
 
+# %% ../nbs/02_split.ipynb #123ee719
+def _main_node(out):
+    "The node of the main scores in what a traced network returns; a named tuple is traced as a call of its class"
+    out = main_output(out)
+    return _main_node(out.args) if isinstance(out, fx.Node) and hasattr(out.target, '_fields') else out
+
 # %% ../nbs/02_split.ipynb #8f077da3
 def _graph_after(graph, cut):
     "The operations of `graph` that follow from the node `cut` alone, up to the main output; None if that is not among them"
@@ -171,7 +185,7 @@ def _graph_after(graph, cut):
     copies = {cut: psi.placeholder('z')}
     for node in graph.nodes:
         if node is cut or node.op == 'placeholder': continue
-        if node.op == 'output': out = main_output(node.args[0])
+        if node.op == 'output': out = _main_node(node.args[0])
         elif all(n in copies for n in node.all_input_nodes): copies[node] = psi.node_copy(node, copies.__getitem__)
     if out not in copies: return None
     psi.output(copies[out])
@@ -230,12 +244,14 @@ class ReplayedHead(nn.Module):
 # %% ../nbs/02_split.ipynb #07c3fdde
 class ReplayedTail(nn.Module):
     "ψ of a network that cannot be cut: a second full pass on the same input, with `z` in place of the layer's output"
+    needs_images = True
     def __init__(self, head): super().__init__(); self.head = head
-    def forward(self, z):
+
+    def forward(self, z, images=None):  # `images` says which of the inputs each row of `z` belongs to; None for one after the other
         inputs, model = self.head.inputs, self.head.model
         if inputs is None: raise ValueError('this ψ repeats the whole pass and needs its input: run φ first, or set `psi.head.inputs`')
-        repeats = len(z) // len(inputs[0])  # captum may stack several copies of the batch
-        xb = [x.repeat(repeats, *[1] * (x.ndim - 1)) for x in inputs] if repeats > 1 else inputs
+        xb = inputs if images is None else [x[images] for x in inputs]
+        if len(z) != len(xb[0]): raise ValueError(f'{len(z)} feature maps, but φ last saw {len(xb[0])} images: run φ on the same batch first')
         with _hooked(model.get_submodule(self.head.layer), lambda m, i, out: z): return main_output(model(*xb))
 
 # %% ../nbs/02_split.ipynb #456d9e55

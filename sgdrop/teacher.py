@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .mask import check_fraction
 
 # %% auto #0
-__all__ = ['warm_decay', 'EMATeacher']
+__all__ = ['warm_decay', 'in_float32', 'EMATeacher']
 
 # %% ../nbs/03_teacher.ipynb #a508e2bc
 def warm_decay(
@@ -22,6 +22,13 @@ def warm_decay(
 ) -> float:  # the decay of the next update
     "An averaging decay that starts fast, so that short trainings have a teacher too"
     return min(decay, (1 + step) / (10 + step))
+
+# %% ../nbs/03_teacher.ipynb #8d5f4453
+def in_float32(
+    x: Tensor,  # any tensor
+) -> Tensor:  # of the same shape
+    "A floating-point tensor in float32; any other as it is"
+    return x.float() if x.is_floating_point() else x
 
 # %% ../nbs/03_teacher.ipynb #8b3fabb1
 class EMATeacher(nn.Module):
@@ -35,7 +42,7 @@ class EMATeacher(nn.Module):
         self.decay, self.warmup, self.n_updates = check_fraction('ema', decay), warmup, 0
         self.module = deepcopy(student).float().eval().requires_grad_(False)
 
-    def forward(self, *xb): return self.module(*[x.float() if x.is_floating_point() else x for x in xb])
+    def forward(self, *xb): return self.module(*map(in_float32, xb))
 
 # %% ../nbs/03_teacher.ipynb #81e8fa59
 @patch
@@ -46,7 +53,8 @@ def update(self: EMATeacher,
     "Move towards the student: average the parameters, carry the buffers"
     decay = warm_decay(self.decay, self.n_updates) if self.warmup else self.decay
     ours, theirs = list(self.module.parameters()), list(student.parameters())
-    torch._foreach_lerp_(ours, [p.to(q) for p, q in zip(theirs, ours, strict=True)], 1 - decay)
+    pairs = list(zip(ours, theirs, strict=True))
+    if pairs: torch._foreach_lerp_(ours, [their.to(our) for our, their in pairs], 1 - decay)
     for b, theirs in zip(self.module.buffers(), student.buffers(), strict=True): b.copy_(theirs)
     self.n_updates += 1
 

@@ -41,6 +41,6 @@ def make_learner(tmp_path):
         items = list(zip(x, y))
         torch.manual_seed(seed)
         random.seed(seed)  # which fastai shuffles by
-        dls = DataLoaders.from_dsets(items, items[:2 * bs], bs=bs, device=device)
+        dls = DataLoaders.from_dsets(items, items[:2 * bs], bs=bs, device=device, num_workers=0)
         return Learner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=SGD, lr=0.05, path=tmp_path, cbs=cbs, **kwargs)
     return make

@@ -78,9 +78,9 @@ def relative_gap(ours: Tensor, theirs: Tensor) -> float:
 
 
 def hooked(model: nn.Module) -> list[str]:
-    "Names of the modules that still hold a hook"
+    "Names of the modules that still hold a hook, or a `forward` that is not their class's"
     kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-    return [name for name, m in model.named_modules() if any(getattr(m, kind) for kind in kinds)]
+    return [name for name, m in model.named_modules() if 'forward' in vars(m) or any(getattr(m, kind) for kind in kinds)]
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -151,6 +151,27 @@ def test_a_network_that_cannot_be_traced_is_replayed():
     assert psi(phi(x)).equal(model(x))
 
 
+class DropsByFunction(nn.Module):
+    "Dropout as a function call, which a trace answers once and for all"
+    def __init__(self): super().__init__(); self.conv, self.pool, self.fc = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
+    def forward(self, x):
+        x = nn.functional.dropout(x, 0.3, self.training)
+        return self.fc(nn.functional.dropout(self.pool(self.conv(x)).flatten(1), 0.5, self.training))
+
+
+@pytest.mark.parametrize('cut_in_training', [True, False])
+def test_a_cut_network_follows_the_mode_it_is_in(cut_in_training):
+    model, x = DropsByFunction().train(cut_in_training), images(4, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        phi, psi = split_model(model, 'conv', x)
+    def twice(f): torch.manual_seed(0); return f(), f()
+    for training in (True, False, True):
+        for m in (model, phi, psi): m.train(training)
+        (whole, other), (ours, _) = twice(lambda: model(x)), twice(lambda: psi(phi(x)))
+        assert ours.equal(whole) and whole.equal(other) is not training
+
+
 @pytest.mark.parametrize('name, size', [('inception_v3', 96), ('resnet50', 32), ('resnet18', 32)])
 def test_in_small_images_the_last_map_is_one_that_can_be_cut_behind(name, size):
     model = build(name) if name in NETWORKS else getattr(tv, name)(num_classes=10)

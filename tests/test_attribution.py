@@ -46,6 +46,7 @@ def test_attribution_equals_captum_on_the_whole_network(name, layer):
     assert relative_gap(attribute(psi, z, labels, 'gradcam'), their_cam) < 1e-5
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning:captum')  # of setting gradients and hooks, which it takes back
 @pytest.mark.parametrize('ours, theirs', [(LayerIntegratedGradients, IntegratedGradients), (LayerGradientXActivation, InputXGradient), (LayerDeepLift, DeepLift)])
 def test_a_captum_layer_method_equals_its_input_twin_on_psi_alone(ours, theirs):
     phi, psi = split_model(build('fastai vision_learner').eval())

@@ -17,6 +17,9 @@ from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage, params
+from fastai.vision.learner import create_body
+from fastai.vision.models import resnet18
+from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 
 from networks import build, hooked, images, same_weights
@@ -59,10 +62,14 @@ def test_a_module_of_another_network_is_refused(small_net, make_learner):
     fit_fails_with(make_learner(small_net(), SGDropCallback(rho=0.1, layer=small_net()[1])), 'not a part of Sequential')
 
 
-def test_a_segmentation_network_is_told_that_it_has_no_class_scores(make_learner):
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    learn = make_learner(net, SGDropCallback(rho=0.1), labels=torch.randint(4, (32, 8, 8)), loss_func=CrossEntropyLossFlat(axis=1))
-    fit_fails_with(learn, r'expected class scores of shape B×K.*\(8, 4, 8, 8\).*segmentation')
+def fully_convolutional(): return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+def unet(): return DynamicUnet(create_body(resnet18(weights=None), pretrained=False), 4, (32, 32))
+
+
+@pytest.mark.parametrize('make, size', [(fully_convolutional, 8), (unet, 32)])
+def test_a_segmentation_network_is_told_that_it_has_no_class_scores(make, size, make_learner):
+    learn = make_learner(make(), SGDropCallback(rho=0.1), n=4, bs=2, size=size, labels=torch.randint(4, (4, size, size)), loss_func=CrossEntropyLossFlat(axis=1))
+    fit_fails_with(learn, rf'expected class scores of shape B×K.*\(2, 4, {size}, {size}\).*segmentation')
 
 
 def test_a_regression_network_is_told_that_it_has_no_class_scores(small_net, make_learner):

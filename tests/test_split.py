@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from captum.attr import LayerGradCam, LayerGradientShap, LayerGradientXActivation, LayerIntegratedGradients
+from fastai.layers import MergeLayer, SequentialEx
 from torch import nn
 from torchvision import models as tv
 
@@ -148,6 +149,13 @@ class Chooses(nn.Module):
 def test_a_network_that_cannot_be_traced_is_replayed():
     model, x = Chooses(), images(2, 16)
     with pytest.warns(UserWarning, match='Chooses cannot be cut'): phi, psi = split_model(model, None, x)
+    assert psi(phi(x)).equal(model(x))
+
+
+def test_a_trace_that_does_not_run_is_replayed():
+    shortcut = SequentialEx(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), MergeLayer())  # which hangs its input on a tensor, unseen by a trace
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), shortcut, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), images(2, 16)
+    with pytest.warns(UserWarning, match='cannot be cut behind'): phi, psi = split_model(model, '1.layers.0', x)
     assert psi(phi(x)).equal(model(x))
 
 

@@ -38,6 +38,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sgdrop/callback.py'),
                                  'sgdrop.callback.SGDropCallback._check_settings': ( 'callback.html#sgdropcallback._check_settings',
                                                                                      'sgdrop/callback.py'),
+                                 'sgdrop.callback.SGDropCallback._labels': ('callback.html#sgdropcallback._labels', 'sgdrop/callback.py'),
                                  'sgdrop.callback.SGDropCallback._ready': ('callback.html#sgdropcallback._ready', 'sgdrop/callback.py'),
                                  'sgdrop.callback.SGDropCallback._set_up': ('callback.html#sgdropcallback._set_up', 'sgdrop/callback.py'),
                                  'sgdrop.callback.SGDropCallback.after_batch': ( 'callback.html#sgdropcallback.after_batch',

@@ -173,7 +173,7 @@ def attribute(
 ) -> Tensor:  # attribution ≥ 0, shape of `z` (or B×1×H×W), float32, detached
     "Where on the feature map `z` the evidence for a class lies: A_ψ(z, c), without a trace on ψ"
     compute = attribution_function(method)
-    z = z.detach().as_subclass(Tensor).requires_grad_()
+    z = (z.clone() if z.is_inference() else z).detach().as_subclass(Tensor).requires_grad_()
     with torch.enable_grad(), preserved(psi, z.device):
         scores = class_scores(psi(z.clone()))  # a clone, since ψ may begin with an in-place ReLU
         classes = target_classes(target, scores.detach())

@@ -137,9 +137,10 @@ def _check_settings(self: SGDropCallback):
 @patch
 def before_fit(self: SGDropCallback):
     "Forget what an earlier fit left"
+    if sum(isinstance(cb, SGDropCallback) for cb in self.learn.cbs) > 1: raise ValueError('one SGDropCallback per Learner, please: two would mask each other')
     self.psi = self.teacher_halves = self.ema_teacher = None
     self.acting = self.skipped = self.cancelled = False
-    self.n_batches, self.n_masked, self.n_choices, self.warned, self.history = 0, 0., None, set(), []
+    self.n_batches, self.n_dropped_images, self.n_choices, self.warned, self.history = 0, 0, None, set(), []
     self.watch = TrapWatch()
     self.rng = torch.Generator().manual_seed(torch.initial_seed())
 
@@ -203,6 +204,16 @@ def _ready(self: SGDropCallback, psi):
 
 # %% ../nbs/04_callback.ipynb #8650e641
 @patch
+def _labels(self: SGDropCallback, scores):
+    "The labels of this batch, or None if they cannot be read and need not be"
+    try: return label_classes(self.y, scores, first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler)))
+    except (ValueError, AttributeError) as e:
+        if self.target == 'label': raise ValueError(f"target='label' cannot use these labels: {e}") from e
+        if 'labels' not in self.warned: warnings.warn(f'SGDrop cannot watch for a leak: the labels are no classes ({e})', SaliencyWarning)
+        self.warned.add('labels')
+
+# %% ../nbs/04_callback.ipynb #2814e15f
+@patch
 def after_pred(self: SGDropCallback):
     "Replace the prediction by the scores under the mask"
     if not self.acting: return
@@ -210,12 +221,13 @@ def after_pred(self: SGDropCallback):
     if z is None: raise RuntimeError(f'the layer {self.layer_name!r} ran in evaluation but not in training, so there is no '
                                      'feature map to mask; choose another layer')
     plain = class_scores(self.learn.pred).as_subclass(Tensor)
-    truth = label_classes(self.y, plain.detach(), first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler)))
+    truth = self._labels(plain.detach())
     A = self._attribution(z, plain, truth)
     M = mask_share(saliency_mask(A, self.rho, self.granularity), self.share, self.rng)
     masked = masked_scores(self._ready(self.psi), z, M).to(plain.dtype)
     self.learn.pred = with_scores(self.learn.pred, masked)
-    self.watch.add(plain.detach(), masked.detach(), truth, A, M)
+    if truth is not None: self.watch.add(plain.detach(), masked.detach(), truth, A, M)
+    self.n_dropped_images += (~M).flatten(1).any(1).sum()
     self.n_choices = M[0].numel()
 
 # %% ../nbs/04_callback.ipynb #2814e15f
@@ -296,7 +308,6 @@ def after_train(self: SGDropCallback):
     "Once per epoch: look at the watch"
     report = self.watch.report()
     if report is None or report['images'] < ENOUGH_IMAGES and self.epoch < self.n_epoch - 1: return
-    self.n_masked += report['images']
     self.history.append(dict(epoch=self.epoch, **report))
     self.watch = TrapWatch()
     if report['images'] < ENOUGH_IMAGES: return
@@ -324,6 +335,6 @@ def after_cancel_fit(self: SGDropCallback):
 @patch
 def after_fit(self: SGDropCallback):
     "Let go of the network; warn if nothing was ever dropped"
-    idle = self.n_batches > 0 and self.n_masked == 0 and not self.cancelled
+    idle = self.n_batches > 0 and self.n_dropped_images == 0 and not self.cancelled
     if idle: warnings.warn(f'SGDrop dropped nothing in {self.n_batches} batches: {idle_reason(self.n_choices, self.rho)}', NoEffectWarning)
     self.psi = self.teacher_halves = None

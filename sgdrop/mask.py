@@ -5,6 +5,7 @@
 # %% ../nbs/01_mask.ipynb #7f6c9c41
 from __future__ import annotations
 import math, warnings
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ def check_fraction(
     closed: bool = False,  # may it be 1?
 ) -> float:  # the same value
     "`value` if it is a fraction, else a `ValueError` that names it"
-    inside = isinstance(value, (int, float)) and 0 <= value and (value <= 1 if closed else value < 1)
+    inside = isinstance(value, Real) and 0 <= value and (value <= 1 if closed else value < 1)
     if inside: return value
-    hint = f'; did you mean {value / 100:g}?' if isinstance(value, (int, float)) and 1 < value < 100 else ''
+    hint = f'; did you mean {value / 100:g}?' if isinstance(value, Real) and 1 < value < 100 else ''
     raise ValueError(f'{name} must lie in [0, 1{"]" if closed else ")"}, got {value!r}{hint}')
 
 # %% ../nbs/01_mask.ipynb #e056350a
@@ -31,7 +32,7 @@ def n_dropped(
     rho: float,  # share to drop, in [0, 1)
 ) -> int:  # how many may be dropped
     "The largest number of elements that is no more than the share `rho` of `n`"
-    return math.floor(check_fraction('rho', rho) * n + 1e-6)
+    return min(math.floor(check_fraction('rho', rho) * n + 1e-6), n - 1)
 
 # %% ../nbs/01_mask.ipynb #4fa3089a
 def saliency_threshold(

@@ -171,3 +171,9 @@ def test_a_target_that_is_no_class_is_named():
 def test_what_makes_no_class_scores_is_named():
     with pytest.raises(ValueError, match=r'\(2, 10, 2, 2\).*segmentation'): attribute(nn.Conv2d(4, 10, 1), torch.randn(2, 4, 2, 2))
     with pytest.raises(ValueError, match=r'\(2, 1\)'): attribute(nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), torch.randn(2, 4, 2, 2))
+
+
+def test_a_map_made_in_inference_mode_will_do():
+    psi = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    with torch.inference_mode(): z = torch.rand(2, 3, 4, 4)
+    assert attribute(psi, z).equal(attribute(psi, z.clone()))

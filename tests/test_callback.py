@@ -45,8 +45,25 @@ def test_a_setting_that_means_nothing_is_named_at_once(settings, said):
 
 
 def fit_fails_with(learn, said, error=ValueError):
+    before = hooked(learn.model)  # a U-Net holds hooks of its own
     with pytest.raises(error, match=said): learn.fit(1)
-    assert not hooked(learn.model)
+    assert hooked(learn.model) == before
+
+
+def test_two_callbacks_on_one_learner_are_refused(small_net, make_learner):
+    fit_fails_with(make_learner(small_net(), [SGDropCallback(rho=0.3), SGDropCallback(rho=0.1)]), 'one SGDropCallback per Learner')
+
+
+def test_labels_that_are_no_classes_are_trained_on_unwatched(small_net, make_learner):
+    amounts = torch.randn(32)
+    by_amount = lambda scores, y: scores.exp()[:, 0].sub(y).square().mean()
+    cb = SGDropCallback(rho=0.3, share=1.)
+    with pytest.warns(SaliencyWarning, match='cannot watch') as warned:
+        net = fitted(make_learner, small_net(), cb, labels=amounts, loss_func=by_amount).model
+    assert len([w for w in warned if issubclass(w.category, SaliencyWarning)]) == 1
+    assert not cb.history and not same_weights(net, small_net())
+    learn = make_learner(small_net(), SGDropCallback(rho=0.3, target='label'), labels=amounts, loss_func=by_amount)
+    fit_fails_with(learn, "target='label' cannot use these labels")
 
 
 def test_an_unknown_layer_is_answered_with_the_nearest_names(make_learner):

@@ -3,6 +3,7 @@ import math
 import warnings
 
 import pytest
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -207,3 +208,8 @@ def test_a_generator_leaves_the_global_random_state_alone():
 @pytest.mark.parametrize('share', [-0.1, 1.5, 50, math.nan])
 def test_a_share_of_images_that_is_no_fraction_is_named(share):
     with pytest.raises(ValueError, match=r'share must lie in \[0, 1\]'): mask_share(torch.zeros(2, 1, 2, 2).bool(), share)
+
+
+def test_rho_may_be_a_numpy_number():
+    A = torch.rand(2, 3, 4, 4)
+    assert saliency_mask(A, np.float64(0.3)).equal(saliency_mask(A, 0.3))

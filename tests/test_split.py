@@ -225,3 +225,8 @@ def test_images_too_small_for_a_map_are_suspected():
 
 def test_a_module_of_another_network_is_refused():
     with pytest.raises(ValueError, match='the layer Sequential is not a part of ResNet'): split_model(build('resnet18'), build('resnet18').layer4)
+
+
+def test_channels_last_maps_are_refused():
+    model = timm.create_model('swin_tiny_patch4_window7_224', num_classes=10)
+    with pytest.raises(ValueError, match='channels last'): find_layer(model, images(2, 224))

@@ -230,7 +230,7 @@ def after_pred(self: SGDropCallback):
     self.n_dropped_images += (~M).flatten(1).any(1).sum()
     self.n_choices = M[0].numel()
 
-# %% ../nbs/04_callback.ipynb #2814e15f
+# %% ../nbs/04_callback.ipynb #19b5a621
 @patch
 def after_batch(self: SGDropCallback):
     "Let go of the feature map"

@@ -190,7 +190,8 @@ def _run_in_processes(data, seeds, epochs, jobs, show_bar):
     with ProcessPoolExecutor(jobs, context, _worker_setup, (counter,)) as pool:
         try:
             with _interrupts_ignored(): runs = [pool.submit(_run_in_worker, data, seed, epochs) for seed in seeds]
-            for epoch in progress_bar(range(len(seeds) * len(METHODS) * epochs), leave=False, display=show_bar):
+            total = range(len(seeds) * len(METHODS) * epochs)
+            for epoch in progress_bar(total, leave=False) if show_bar else total:
                 while counter.value <= epoch and not all(r.done() for r in runs):
                     if any(r.done() and r.exception() for r in runs): break
                     time.sleep(0.1)

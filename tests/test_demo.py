@@ -85,12 +85,17 @@ def wait_for(happened, seconds=120):
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks at processes through /proc')
 def test_an_interrupt_ends_every_process_and_writes_nothing(tmp_path):
     call = 'import sys; from sgdrop.cli import demo\nif __name__ == "__main__": sys.argv[0] = "sgdrop-demo"; sys.exit(demo())'
+    # a shell starts background jobs, and so perhaps these tests, with SIGINT ignored; a user's terminal does not
     process = subprocess.Popen([sys.executable, '-c', call, '--epochs', '500', '--seeds', '2', '--jobs', '2', '--out', str(tmp_path / 'out')],
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: len(Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()) >= 3)  # two workers and their tracker
-    time.sleep(2)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
-    _, err = process.communicate(timeout=60)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        wait_for(lambda: len(Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()) >= 3)  # two workers and their tracker
+        time.sleep(2)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group
+        _, err = process.communicate(timeout=120)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 130 and err == 'sgdrop-demo: interrupted; nothing was written\n'
     assert not (tmp_path / 'out').exists()
     wait_for(lambda: not group_lives(process.pid), seconds=30)

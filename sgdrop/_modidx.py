@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sgdrop.split._inside_a_block': ('split.html#_inside_a_block', 'sgdrop/split.py'),
                               'sgdrop.split._main_node': ('split.html#_main_node', 'sgdrop/split.py'),
                               'sgdrop.split._maps_among': ('split.html#_maps_among', 'sgdrop/split.py'),
+                              'sgdrop.split._modes_kept': ('split.html#_modes_kept', 'sgdrop/split.py'),
                               'sgdrop.split._trace': ('split.html#_trace', 'sgdrop/split.py'),
                               'sgdrop.split.checked_layer': ('split.html#checked_layer', 'sgdrop/split.py'),
                               'sgdrop.split.cut_graph': ('split.html#cut_graph', 'sgdrop/split.py'),

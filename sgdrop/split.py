@@ -20,14 +20,19 @@ __all__ = ['PASSES_ON', 'evaluating', 'example_input', 'run_order', 'feature_map
 
 # %% ../nbs/02_split.ipynb #cfe8e522
 @contextmanager
+def _modes_kept(model):
+    "Put every module of `model` back into the mode it was in"
+    modes = [(m, m.training) for m in model.modules()]
+    try: yield
+    finally:
+        for m, was in modes: m.training = was
+
+# %% ../nbs/02_split.ipynb #d6d5f434
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:  # `model` in evaluation mode, without gradients
     "Run `model` in evaluation mode, then put every module back into the mode it was in"
-    modes = [(m, m.training) for m in model.modules()]
     device = next((p.device for p in model.parameters()), 'cpu')
-    with torch.no_grad(), preserved(model, device):
-        try: yield model.eval()
-        finally:
-            for m, training in modes: m.training = training
+    with torch.no_grad(), preserved(model, device), _modes_kept(model): yield model.eval()
 
 # %% ../nbs/02_split.ipynb #043d3bd5
 def example_input(
@@ -210,12 +215,7 @@ class TracedHalf(nn.Module):
 # %% ../nbs/02_split.ipynb #fe9ac405
 def _trace(model, layer, training):
     "The graph of `model` in one mode"
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in modes: m.training = training
-        return _TracerDownTo(layer).trace(model)
-    finally:
-        for m, was in modes: m.training = was
+    with _modes_kept(model): return _TracerDownTo(layer).trace(model.train(training))
 
 def cut_traced(
     model: nn.Module,  # a network
@@ -227,7 +227,7 @@ def cut_traced(
     if any(c is None or None in c for c in cuts): return None
     return tuple(TracedHalf(model, train, evaluation) for train, evaluation in zip(*cuts))
 
-# %% ../nbs/02_split.ipynb #d6d5f434
+# %% ../nbs/02_split.ipynb #b9696a21
 @contextmanager
 def _hooked(module, hook):
     "Run a forward hook for a while"

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from .attribution import GRAPH_METHODS, attribute, attribution_function, checked_attribution, class_scores, preserved, target_classes
 from .mask import SUMMED_OVER, SaliencyWarning, check_fraction, kept_evidence, mask_share, n_dropped, saliency_mask
-from .split import ReplayedTail, checked_layer, split_model
+from .split import ReplayedTail, checked_layer, split_model, unwrapped
 from .teacher import EMATeacher, in_float32
 
 # %% auto #0
 __all__ = ['LEAK_GAP', 'STARVING', 'ENOUGH_IMAGES', 'MapCapture', 'masked_scores', 'with_scores', 'label_classes', 'is_active',
-           'SGDropCallback', 'unwrapped', 'trap_sums', 'LeakWarning', 'StarvationWarning', 'NoEffectWarning', 'traps',
-           'TrapWatch', 'idle_reason']
+           'SGDropCallback', 'trap_sums', 'LeakWarning', 'StarvationWarning', 'NoEffectWarning', 'traps', 'TrapWatch',
+           'idle_reason']
 
 # %% ../nbs/04_callback.ipynb #beecb298
 class MapCapture:
@@ -143,15 +143,6 @@ def before_fit(self: SGDropCallback):
     self.n_batches, self.n_dropped_images, self.n_choices, self.warned, self.history = 0, 0, None, set(), []
     self.watch = TrapWatch()
     self.rng = torch.Generator().manual_seed(torch.initial_seed())
-
-# %% ../nbs/04_callback.ipynb #e5e7bc3b
-def unwrapped(
-    model: nn.Module,  # a network, perhaps within `DistributedDataParallel` or `torch.compile`
-) -> nn.Module:
-    "The network itself"
-    wrapped = {'DistributedDataParallel': 'module', 'DataParallel': 'module', 'OptimizedModule': '_orig_mod'}
-    while type(model).__name__ in wrapped: model = getattr(model, wrapped[type(model).__name__])
-    return model
 
 # %% ../nbs/04_callback.ipynb #b4614825
 @patch

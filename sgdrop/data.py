@@ -19,8 +19,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['CUES', 'IMAGENETTE_CLASSES', 'noisy_digits', 'cue_regions', 'cue_colours', 'with_cue', 'shortcut_digits',
-           'few_per_class', 'imagenette_path', 'imagenette']
+__all__ = ['CUES', 'IMAGENETTE_CLASSES', 'FLOWERS17', 'FLOWERS17_CLASSES', 'noisy_digits', 'cue_regions', 'cue_colours',
+           'with_cue', 'shortcut_digits', 'few_per_class', 'imagenette_path', 'imagenette', 'flowers17_path',
+           'flower_name', 'flowers17']
 
 # %% ../nbs/07_data.ipynb #06f655ff
 def noisy_digits(
@@ -125,7 +126,13 @@ def imagenette_path() -> Path:  # folder with `train` and `val`
         home = fastai_cfg().path('data') / 'imagenette2-160'
         raise FileNotFoundError(f'Imagenette is not on this machine and could not be downloaded ({e}); its folder belongs at {home}') from e
 
-# %% ../nbs/07_data.ipynb #ae29f422
+# %% ../nbs/07_data.ipynb #92561e03
+def _photographs(train, valid, label, size, bs, **kwargs):
+    "Loaders of JPEG files: random crops and flips in training, the whole image in validation"
+    items = Datasets(train + valid, [[PILImage.create], [label, Categorize()]], splits=[range(len(train)), range(len(train), len(train) + len(valid))])
+    return items.dataloaders(bs=bs, after_item=[RandomResizedCrop(size, min_scale=0.5, ratio=(1, 1)), ToTensor()],
+                             after_batch=[IntToFloatTensor(), Flip(), Normalize.from_stats(*imagenet_stats)], **kwargs)
+
 def imagenette(
     n_per_class: int = 95,  # training images of each class
     size: int = 64,  # height and width, pixels
@@ -137,7 +144,37 @@ def imagenette(
     path = imagenette_path()
     train, valid = (get_image_files(path / part).sorted() for part in ('train', 'val'))
     train = train[few_per_class([parent_label(f) for f in train], n_per_class, seed)]
-    items = Datasets(train + valid, [[PILImage.create], [parent_label, IMAGENETTE_CLASSES.get, Categorize()]],
-                     splits=[range(len(train)), range(len(train), len(train) + len(valid))])
-    return items.dataloaders(bs=bs, after_item=[RandomResizedCrop(size, min_scale=0.5, ratio=(1, 1)), ToTensor()],
-                             after_batch=[IntToFloatTensor(), Flip(), Normalize.from_stats(*imagenet_stats)], **kwargs)
+    return _photographs(train, valid, lambda f: IMAGENETTE_CLASSES[parent_label(f)], size, bs, **kwargs)
+
+# %% ../nbs/07_data.ipynb #a3b903b6
+FLOWERS17 = 'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz'
+FLOWERS17_CLASSES = ('daffodil', 'snowdrop', 'lily of the valley', 'bluebell', 'crocus', 'iris', 'tigerlily', 'tulip', 'fritillary',
+                     'sunflower', 'daisy', 'coltsfoot', 'dandelion', 'cowslip', 'buttercup', 'windflower', 'pansy')
+
+def flowers17_path() -> Path:  # folder with the 1,360 images
+    "Where Flowers17 is, downloading it if need be"
+    home = fastai_cfg().path('data') / 'flowers17'
+    if home.exists(): return home
+    try: return untar_data(FLOWERS17)
+    except OSError as e: raise FileNotFoundError(f'Flowers17 is not on this machine and could not be downloaded ({e}); its folder belongs at {home}') from e
+
+def flower_name(
+    file: Path,  # named image_NNNN.jpg
+) -> str:
+    "The kind of flower in a file of Flowers17, by its number"
+    return FLOWERS17_CLASSES[(int(file.stem.rpartition('_')[2]) - 1) // 80]
+
+# %% ../nbs/07_data.ipynb #ebe3cb1b
+def flowers17(
+    n_per_class: int = 40,  # training images of each class, of 80
+    size: int = 64,  # height and width, pixels
+    bs: int = 64,  # batch size
+    seed: int = 0,  # of the choice of training images
+    **kwargs,  # for fastai's `dataloaders`, such as `num_workers`
+) -> DataLoaders:
+    "Flowers17 with few training images; those that are left are for validation"
+    if not 0 < n_per_class < 80: raise ValueError(f'n_per_class must leave some of the 80 images of each class for validation, got {n_per_class}')
+    files = get_image_files(flowers17_path()).sorted(key=lambda f: f.name)
+    chosen = set(few_per_class([flower_name(f) for f in files], n_per_class, seed))
+    train, valid = (files[[i for i in range(len(files)) if (i in chosen) == part]] for part in (True, False))
+    return _photographs(train, valid, flower_name, size, bs, **kwargs)

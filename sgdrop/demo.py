@@ -22,22 +22,21 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.layers import ConvLayer, ResBlock
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import TensorImage, set_seed
+from fastai.torch_core import set_seed
 from fastcore.basics import noop
 from fastprogress.fastprogress import progress_bar
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
-from .attribution import attribute, shuffled_attribution
+from .attribution import shuffled_attribution
 from .callback import SGDropCallback
 from .data import imagenette, imagenette_path, shortcut_digits
-from .focus import attribution_ratio, evidence_map, region_share
-from .split import evaluating, split_model
+from .focus import attribution_ratio, evidence_map, model_attribution, region_share, show_evidence, spread_over
 
 # %% auto #0
-__all__ = ['METHODS', 'DATA', 'NAMES', 'small_resnet', 'spread_over', 'last_map_attribution', 'measure_digits',
-           'measure_photographs', 'DemoData', 'EpochTimer', 'train', 'run_seed', 'run_demo', 'demo_table',
-           'show_evidence', 'plot_demo', 'check_folder', 'write_whole', 'save_demo', 'demo_parser', 'main']
+__all__ = ['METHODS', 'DATA', 'NAMES', 'small_resnet', 'measure_digits', 'measure_photographs', 'DemoData', 'EpochTimer', 'train',
+           'run_seed', 'run_demo', 'demo_table', 'plot_demo', 'check_folder', 'write_whole', 'save_demo', 'demo_parser',
+           'main']
 
 # %% ../nbs/09_demo.ipynb #ca9bcffa
 METHODS: dict[str, Callable] = dict(
@@ -55,23 +54,6 @@ def small_resnet(
     blocks = [ResBlock(1, n_in, width, stride=stride) for n_in, (width, stride) in zip(widths, stages)]
     return nn.Sequential(ConvLayer(3, 16, stride=2), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], n_out))
 
-# %% ../nbs/09_demo.ipynb #572587a4
-def spread_over(
-    dl: TfmdDL,  # a loader of validation images
-    n: int,  # how many images
-) -> tuple[Tensor, Tensor]:  # n images, n×3×H×W, and which of the set they are
-    "Images spread evenly over a set"
-    chosen = torch.linspace(0, len(dl.dataset) - 1, n).long()
-    return dl.new(get_idxs=chosen.tolist, bs=n).one_batch()[0].as_subclass(Tensor), chosen
-
-def last_map_attribution(
-    model: nn.Module,  # a network
-    x: Tensor,  # images, B×3×H×W
-) -> Tensor:  # B×C×h×w
-    "Attribution of the predicted class on the last feature map, in evaluation mode"
-    phi, psi = split_model(model, None, x[:2])
-    with evaluating(model): return attribute(psi, phi(x))
-
 # %% ../nbs/09_demo.ipynb #cb66b85e
 def measure_digits(
     learn: Learner,  # trained on `shortcut_digits`
@@ -79,7 +61,7 @@ def measure_digits(
     "Accuracy with the cue present, absent and misleading, and the share of the evidence that lies on it"
     row = {f'acc_{cue}': learn.validate(dl=dl)[1] for cue, dl in learn.dls.tests.items()}
     x, chosen = spread_over(learn.dls.tests['present'], len(learn.dls.cue_regions))
-    share = region_share(last_map_attribution(learn.model, x), learn.dls.cue_regions[chosen].to(x.device))
+    share = region_share(model_attribution(learn.model, x), learn.dls.cue_regions[chosen].to(x.device))
     return dict(**row, cue_share=share.mean().item())
 
 # %% ../nbs/09_demo.ipynb #7389a76f
@@ -89,7 +71,7 @@ def measure_photographs(
     "Validation accuracy and loss, and the attribution ratio"
     loss, acc = learn.validate()
     x, _ = spread_over(learn.dls.valid, 500)
-    ratio = attribution_ratio(last_map_attribution(learn.model, x))
+    ratio = attribution_ratio(model_attribution(learn.model, x))
     return dict(acc_valid=acc, nll_valid=loss, attribution_ratio=ratio.mean().item())
 
 # %% ../nbs/09_demo.ipynb #86afba3b
@@ -154,11 +136,11 @@ def run_seed(
     for method in names[seed % 3:] + names[:seed % 3]:  # none is always the first, with a cold machine
         learn, records[method] = train(data, method, seed, epochs, tick)
         x, chosen = spread_over(learn.dls.valid, n_images)
-        maps[method] = evidence_map(last_map_attribution(learn.model, x), x.shape[2:]).cpu()
+        maps[method] = evidence_map(model_attribution(learn.model, x), x.shape[2:]).cpu()
     plain_seconds = records['plain']['seconds']
     for record in records.values(): record['epoch_ratio'] = record.pop('seconds') / plain_seconds
     regions = getattr(learn.dls, 'cue_regions', None)
-    images = learn.dls.valid.decode((TensorImage(x),))[0].as_subclass(Tensor).cpu() / 255
+    images = viewable(learn.dls.valid, x)
     return [records[m] for m in names], dict(images=images, regions=None if regions is None else regions[chosen], maps={m: maps[m] for m in names})
 
 # %% ../nbs/09_demo.ipynb #3dba2661
@@ -227,23 +209,6 @@ def demo_table(
     mean, spread = rows.mean(), rows.std()
     cell = lambda m, s: f'{m:.3f}' if s != s else f'{m:.3f} ± {s:.3f}'
     return pd.DataFrame({heading: [cell(m, s) for m, s in zip(mean[c], spread[c])] for c, heading in columns.items()}, index=mean.index.rename(None))
-
-# %% ../nbs/09_demo.ipynb #0dc4bdff
-def show_evidence(
-    image: Tensor,  # 3×H×W, from 0 to 1
-    share: Tensor | None = None,  # 1×H×W, shares of evidence; None for the image alone
-    region: Tensor | None = None,  # bool, 1×H×W, to be outlined
-    vmax: float = 10.,  # upper end of the scale, in multiples of a uniform spread
-    ax=None,  # matplotlib axes; new ones if None
-):  # the axes
-    "Draw an image, its evidence and a region"
-    ax = ax or plt.subplots(figsize=(2, 2))[1]
-    gray = image.mean(0)
-    ax.imshow(image.permute(1, 2, 0) if share is None else gray, cmap='gray', vmin=0, vmax=1)
-    if share is not None: ax.imshow(share[0] * share[0].numel(), cmap='inferno', vmin=0, vmax=vmax, alpha=0.8)
-    if region is not None: ax.contour(region[0].float(), [0.5], colors='white' if share is not None else 'none', linewidths=1)
-    ax.set(xticks=[], yticks=[])
-    return ax
 
 # %% ../nbs/09_demo.ipynb #2f092893
 def plot_demo(

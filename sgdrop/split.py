@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from .attribution import main_output, preserved
 
 # %% auto #0
-__all__ = ['PASSES_ON', 'evaluating', 'example_input', 'run_order', 'feature_maps', 'find_layer', 'layer_name', 'checked_layer',
-           'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'ReplayedHead', 'ReplayedTail', 'is_exact',
-           'split_model']
+__all__ = ['PASSES_ON', 'evaluating', 'unwrapped', 'example_input', 'run_order', 'feature_maps', 'find_layer', 'layer_name',
+           'checked_layer', 'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'ReplayedHead', 'ReplayedTail',
+           'is_exact', 'split_model']
 
 # %% ../nbs/02_split.ipynb #cfe8e522
 @contextmanager
@@ -33,6 +33,15 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:  # `model` in evaluatio
     "Run `model` in evaluation mode, then put every module back into the mode it was in"
     device = next((p.device for p in model.parameters()), 'cpu')
     with torch.no_grad(), preserved(model, device), _modes_kept(model): yield model.eval()
+
+# %% ../nbs/02_split.ipynb #bcbff4da
+def unwrapped(
+    model: nn.Module,  # a network, perhaps within `DistributedDataParallel` or `torch.compile`
+) -> nn.Module:
+    "The network itself"
+    wrapped = {'DistributedDataParallel': 'module', 'DataParallel': 'module', 'OptimizedModule': '_orig_mod'}
+    while type(model).__name__ in wrapped: model = getattr(model, wrapped[type(model).__name__])
+    return model
 
 # %% ../nbs/02_split.ipynb #043d3bd5
 def example_input(

@@ -237,6 +237,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sgdrop.record._kept_maps': ('record.html#_kept_maps', 'sgdrop/record.py'),
                                'sgdrop.record.fit_quietly': ('record.html#fit_quietly', 'sgdrop/record.py'),
                                'sgdrop.record.focus_measures': ('record.html#focus_measures', 'sgdrop/record.py'),
+                               'sgdrop.record.focus_recorders': ('record.html#focus_recorders', 'sgdrop/record.py'),
                                'sgdrop.record.main': ('record.html#main', 'sgdrop/record.py'),
                                'sgdrop.record.mask_numbers': ('record.html#mask_numbers', 'sgdrop/record.py'),
                                'sgdrop.record.new_learner': ('record.html#new_learner', 'sgdrop/record.py'),

@@ -316,7 +316,7 @@ def occlusion_accuracy(
     means = torch.cat(right).float().mean(0).cpu().numpy()
     return pd.DataFrame(means, columns=['salient', 'random'], index=pd.Index(shares, name='share covered'))
 
-# %% ../nbs/05_focus.ipynb #9f7b314f
+# %% ../nbs/05_focus.ipynb #250e6d36
 class FocusRecorder(Callback):
     "Attribution ratio, effective area and generalization gap after each epoch, on fixed images"
     order, remove_on_fetch = Recorder.order + 1, True  # the progress bar and the loggers are 60
@@ -331,8 +331,10 @@ class FocusRecorder(Callback):
         method: str | type | Callable = 'grad_x_act',  # any of `attribute`
         threshold: float = 0.,  # of the attribution ratio
         n_maps: int = 4,  # how many validation images' evidence to keep, for `plot_maps`
+        measures: dict[str, Callable] | None = None,  # further columns: name → function from attribution to B values
     ):
         store_attr()
+        self.columns = [*FocusRecorder.columns, *(measures or {})]
         check_fraction('threshold', threshold)
         if n_images < 1: raise ValueError(f'n_images must be at least 1, got {n_images}')
         self.history, self.maps = [], []
@@ -392,7 +394,7 @@ def _measure(self: FocusRecorder, part):
     right = [target_classes(y, s).gather(1, s.argmax(1, keepdim=True))[:, 0] for _, y, s, _ in rows]
     return [A for *_, A in rows], torch.cat(right).float().mean().item()
 
-# %% ../nbs/05_focus.ipynb #bb6a723e
+# %% ../nbs/05_focus.ipynb #010920ff
 @patch
 def after_validate(self: FocusRecorder):
     "Measure, after a training epoch"
@@ -405,6 +407,7 @@ def after_validate(self: FocusRecorder):
     mean = lambda measure: torch.cat([measure(A) for A in maps]).mean().item()
     row = dict(attribution_ratio=mean(lambda A: attribution_ratio(A, self.threshold)), effective_area=mean(effective_area),
                generalization_gap=measured['train'][1] - valid_accuracy if 'valid' in measured else float('nan'))
+    row |= {name: mean(measure) for name, measure in (self.measures or {}).items()}
     self.history.append(dict(epoch=self.epoch, **row, train_accuracy=measured['train'][1], valid_accuracy=valid_accuracy))
     self._keep_maps(maps)
     self.recorder.log += [None] * (self.at - len(self.recorder.log)) + list(row.values())  # None for a validation that was cancelled

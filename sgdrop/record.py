@@ -32,10 +32,10 @@ from .mask import SaliencyWarning, saliency_mask
 from .split import evaluating, split_model
 
 # %% auto #0
-__all__ = ['PHOTOGRAPHS', 'OVERFOCUSING', 'CHANGES', 'ONE_BLOCK_EARLIER', 'WHOSE_MASK', 'TRAPS', 'TRANSFER', 'RECORDINGS',
+__all__ = ['PHOTOGRAPHS', 'ONE_BLOCK_EARLIER', 'OVERFOCUSING', 'CHANGES', 'WHOSE_MASK', 'TRAPS', 'TRANSFER', 'RECORDINGS',
            'recorded_net', 'SkipValidation', 'new_learner', 'fit_quietly', 'valid_scores', 'plain_loader',
-           'run_overfocusing', 'run_changes', 'focus_measures', 'mask_numbers', 'run_traps', 'run_transfer',
-           'Recording', 'recorded', 'recording_parser', 'main']
+           'focus_recorders', 'run_overfocusing', 'run_changes', 'focus_measures', 'mask_numbers', 'run_traps',
+           'run_transfer', 'Recording', 'recorded', 'recording_parser', 'main']
 
 # %% ../nbs/11_record.ipynb #20efa632
 PHOTOGRAPHS: dict[str, Callable[..., DataLoaders]] = dict(imagenette=imagenette, flowers17=flowers17)
@@ -93,26 +93,35 @@ def plain_loader(
     chosen = torch.linspace(0, len(items) - 1, min(n or len(items), len(items))).long()
     return dls.valid.new(items, get_idxs=chosen.tolist, n=len(chosen), shuffle=False, drop_last=False, num_workers=0)
 
-# %% ../nbs/11_record.ipynb #aabe576a
+# %% ../nbs/11_record.ipynb #41c50c9e
+ONE_BLOCK_EARLIER = '2'  # the name of a layer of `recorded_net`
 OVERFOCUSING = [dict(method=method, seed=seed, epochs=60) for seed in range(3) for method in ('plain', 'sgdrop')]
+
+def focus_recorders() -> dict[str, FocusRecorder]:
+    "What is followed from epoch to epoch, by the prefix of its columns"
+    ratios = {f'ratio_above_{t}': partial(attribution_ratio, threshold=t) for t in (0.1, 0.5)}
+    new = partial(FocusRecorder, n_images=300, n_maps=20)
+    return {'': new(measures=ratios), 'earlier_': new(layer=ONE_BLOCK_EARLIER), 'gradcam_': new(method='gradcam')}
 
 def run_overfocusing(
     settings: dict,  # 'method', 'seed', 'epochs'
 ) -> dict:
     "One training, followed from epoch to epoch"
-    learn = new_learner('imagenette', settings['seed'])
-    recorder = FocusRecorder(n_images=500, n_maps=20)
-    fit_quietly(learn, settings['epochs'], METHODS[settings['method']](), recorder)
-    history = [{k: round(v, 4) for k, v in row.items()} for row in recorder.history]
-    return dict(history=history, **valid_scores(learn), **(_kept_maps(recorder, learn) if settings['seed'] == 0 else {}))
+    learn, recorders = new_learner('imagenette', settings['seed']), focus_recorders()
+    fit_quietly(learn, settings['epochs'], METHODS[settings['method']](), *recorders.values())
+    rows = zip(*[[{prefix + k: round(v, 4) for k, v in row.items()} for row in r.history] for prefix, r in recorders.items()])
+    shared = [f'{prefix}{k}' for prefix in list(recorders)[1:] for k in ('epoch', 'generalization_gap', 'train_accuracy', 'valid_accuracy')]
+    history = [{k: v for row in epoch for k, v in row.items() if k not in shared} for epoch in rows]
+    return dict(history=history, **valid_scores(learn), **(_kept_maps(recorders, learn) if settings['seed'] == 0 else {}))
 
-def _kept_maps(recorder, learn):
-    "Which images, and their evidence after a few epochs"
-    last = len(recorder.maps) - 1
+def _kept_maps(recorders, learn):
+    "Which images, and their evidence after a few epochs, by both methods"
+    first, last = recorders[''], len(recorders[''].maps) - 1
     epochs = sorted({0, last // 6, last // 2, last})
-    files = [learn.dls.valid_ds.items[i] for i in torch.linspace(0, len(learn.dls.valid_ds) - 1, 500).long()[recorder.kept].tolist()]
-    maps = {str(e): [[[round(v, 5) for v in row] for row in image[0].tolist()] for image in recorder.maps[e]] for e in epochs}
-    return dict(images=[f'{f.parent.name}/{f.name}' for f in files], maps=maps)
+    chosen = torch.linspace(0, len(learn.dls.valid_ds) - 1, first.n_images).long()[first.kept]
+    files = [learn.dls.valid_ds.items[i] for i in chosen.tolist()]
+    maps = {f'{prefix}maps': {str(e): [[[round(v, 5) for v in row] for row in image[0].tolist()] for image in recorders[prefix].maps[e]] for e in epochs} for prefix in ('', 'gradcam_')}
+    return dict(images=[f'{f.parent.name}/{f.name}' for f in files], **maps)
 
 # %% ../nbs/11_record.ipynb #83e624d3
 CHANGES = [dict(dataset=dataset, method=method, seed=seed, epochs=40)
@@ -165,8 +174,7 @@ def mask_numbers(
             rows.append(torch.stack([named(y) == y, plain.argmax(1) == y, named(wrong) == wrong]))
     return dict(zip(('under_mask', 'without', 'follows_wrong'), torch.cat(rows, 1).float().mean(1).tolist()))
 
-# %% ../nbs/11_record.ipynb #3125d926
-ONE_BLOCK_EARLIER = '2'  # the name of a layer of `recorded_net`
+# %% ../nbs/11_record.ipynb #8b3b827d
 WHOSE_MASK = dict(label=dict(target='label', teacher=None), predicted=dict(target='predicted', teacher='head'))
 
 TRAPS = [dict(layer=layer, whose=whose, granularity=granularity, rho=rho, share=1., seed=0, epochs=40)

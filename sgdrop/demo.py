@@ -31,7 +31,7 @@ from torch import nn
 from .attribution import shuffled_attribution
 from .callback import SGDropCallback
 from .data import imagenette, imagenette_path, shortcut_digits
-from .focus import attribution_ratio, evidence_map, model_attribution, region_share, show_evidence, spread_over
+from .focus import attribution_ratio, evidence_map, model_attribution, region_share, show_evidence, spread_over, viewable
 
 # %% auto #0
 __all__ = ['METHODS', 'DATA', 'NAMES', 'small_resnet', 'measure_digits', 'measure_photographs', 'DemoData', 'EpochTimer', 'train',

@@ -1,0 +1,108 @@
+"The recorded runs: each kind on tiny pictures, and the committed tables"
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sgdrop import data, record
+from sgdrop.compare import read_rows, settings_key
+from sgdrop.data import FLOWERS17_CLASSES, IMAGENETTE_CLASSES, flowers17, flowers17_path, imagenette
+from sgdrop.record import RECORDINGS, main, recorded
+
+RESULTS = Path(__file__).parents[1] / 'results'
+
+
+def noise_picture(path, rng, size=24):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path, quality=60)
+
+
+@pytest.fixture(scope='module')
+def tiny_sets(tmp_path_factory):
+    "Folders that look like Imagenette and Flowers17, full of noise"
+    folder, rng = tmp_path_factory.mktemp('sets'), np.random.default_rng(0)
+    for wnid in IMAGENETTE_CLASSES:
+        for i in range(8): noise_picture(folder / 'imagenette' / 'train' / wnid / f'{wnid}_{i}.JPEG', rng)
+        for i in range(4): noise_picture(folder / 'imagenette' / 'val' / wnid / f'{wnid}_{i}.JPEG', rng)
+    for i in range(1360): noise_picture(folder / 'flowers17' / 'jpg' / f'image_{i + 1:04}.jpg', rng)
+    return folder
+
+
+@pytest.fixture
+def with_tiny_sets(tiny_sets, monkeypatch):
+    monkeypatch.setattr(data, 'imagenette_path', lambda: tiny_sets / 'imagenette')
+    monkeypatch.setattr(data, 'flowers17_path', lambda: tiny_sets / 'flowers17')
+    few = lambda seed, n_per_class=8, **kwargs: imagenette(n_per_class=8, seed=seed, size=32, **kwargs)
+    monkeypatch.setattr(record, 'PHOTOGRAPHS', dict(imagenette=few, flowers17=partial(flowers17, n_per_class=8, size=32)))
+    monkeypatch.setattr(record, 'focus_measures', partial(record.focus_measures, n=20))
+
+
+@pytest.mark.parametrize('name', RECORDINGS)
+def test_a_run_of_each_kind(name, with_tiny_sets):
+    "The last settings of each plan, for one epoch: a row that can be stored"
+    row = RECORDINGS[name].run(RECORDINGS[name].plan[-1] | dict(epochs=1))
+    assert json.loads(json.dumps(row)) == row
+    accuracies = [v for k, v in row.items() if k.endswith('accuracy')]
+    assert accuracies and all(0 <= a <= 1 for a in accuracies)
+
+
+def test_the_same_settings_make_the_same_row(with_tiny_sets):
+    settings = record.TRAPS[-1] | dict(epochs=2)
+    assert record.run_traps(settings) == record.run_traps(settings)
+
+
+def test_kept_maps_are_of_the_images_that_are_named(with_tiny_sets, tiny_sets):
+    row = record.run_overfocusing(dict(method='plain', seed=0, epochs=2))
+    assert len(row['history']) == 2 and [e for e in row['maps']] == ['0', '1']
+    assert np.array(row['maps']['1']).shape == np.array(row['gradcam_maps']['1']).shape == (20, 4, 4)
+    assert len({name.split('/')[0] for name in row['images']}) == 10
+    assert all((tiny_sets / 'imagenette' / 'val' / name).exists() for name in row['images'])
+
+
+@pytest.mark.parametrize('name', RECORDINGS)
+def test_plans_are_what_can_be_stored(name):
+    keys = [settings_key(settings) for settings in RECORDINGS[name].plan]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize('name', RECORDINGS)
+def test_committed_tables_are_complete(name):
+    "No run is missing, none is there twice or outside the plan"
+    rows = read_rows(RESULTS / f'{name}.jsonl')
+    assert sorted(row['key'] for row in rows) == sorted(map(settings_key, RECORDINGS[name].plan))
+    table = recorded(name, RESULTS)
+    assert table.key.tolist() == [settings_key(s) for s in RECORDINGS[name].plan]
+    for row, settings in zip(table.to_dict('records'), RECORDINGS[name].plan):
+        assert all(row[k] == v or (v is None and row[k] is None) for k, v in settings.items())
+
+
+def test_flowers_are_divided_as_promised(with_tiny_sets):
+    splits = [flowers17(40, seed=seed, num_workers=0, size=32) for seed in (0, 0, 1)]
+    train = [sorted(f.name for f in dls.train_ds.items) for dls in splits]
+    assert train[0] == train[1] != train[2]
+    assert len(splits[0].train_ds) == len(splits[0].valid_ds) == 680
+    assert set(splits[0].vocab) == set(FLOWERS17_CLASSES)
+    assert not set(splits[0].train_ds.items) & set(splits[0].valid_ds.items)
+
+
+def test_missing_sets_are_one_line(monkeypatch, tmp_path, capsys):
+    def unreachable(url): raise OSError('no network')
+    monkeypatch.setattr(data, 'untar_data', unreachable)
+    monkeypatch.setattr(data, 'fastai_cfg', lambda: type('Config', (), dict(path=lambda self, name: tmp_path))())
+    with pytest.raises(FileNotFoundError, match='its folder belongs at .*flowers17'): flowers17_path()
+    assert main(['changes', '--out', str(tmp_path / 'results')]) == 1
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and 'could not be downloaded (no network)' in error
+
+
+def test_an_interruption_is_told_and_keeps_what_is_done(monkeypatch, tmp_path, capsys):
+    def run(settings):
+        if settings['n'] == 2: raise KeyboardInterrupt
+        return dict(accuracy=0.5)
+    monkeypatch.setitem(RECORDINGS, 'traps', record.Recording([dict(n=n) for n in range(4)], run, 1, ()))
+    assert main(['traps', '--out', str(tmp_path)]) == 130
+    assert 'interrupted' in capsys.readouterr().err
+    assert [row['n'] for row in read_rows(tmp_path / 'traps.jsonl')] == [0, 1]

@@ -34,7 +34,7 @@ from .split import evaluating, split_model
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ONE_BLOCK_EARLIER', 'OVERFOCUSING', 'CHANGES', 'WHOSE_MASK', 'TRAPS', 'TRANSFER', 'RECORDINGS',
-           'recorded_net', 'SkipValidation', 'BFloat16', 'new_learner', 'fit_quietly', 'valid_scores', 'plain_loader',
+           'recorded_net', 'SkipValidation', 'BFloat16', 'new_learner', 'fit_quietly', 'valid_scores', 'in_order',
            'focus_recorders', 'run_overfocusing', 'run_changes', 'focus_measures', 'mask_numbers', 'run_traps',
            'run_transfer', 'Recording', 'recorded', 'recording_parser', 'main']
 
@@ -92,25 +92,25 @@ def valid_scores(
     with learn.no_bar(), learn.no_logging(): loss, right = learn.validate()
     return dict(accuracy=right, nll=loss)
 
-# %% ../nbs/11_record.ipynb #952a11b5
-def plain_loader(
+# %% ../nbs/11_record.ipynb #7b6a3e35
+def in_order(
     dls: DataLoaders,  # training and validation images
     part: str = 'valid',  # 'train' or 'valid'
     n: int | None = None,  # how many images, spread evenly; None for all
 ) -> TfmdDL:
-    "Images without augmentation, in order"
+    "Images in order, those for training with their augmentation"
     items = getattr(dls, part).dataset
     chosen = torch.linspace(0, len(items) - 1, min(n or len(items), len(items))).long()
     return dls.valid.new(items, get_idxs=chosen.tolist, n=len(chosen), shuffle=False, drop_last=False, num_workers=0)
 
-# %% ../nbs/11_record.ipynb #58f4f3d5
+# %% ../nbs/11_record.ipynb #6fcfde06
 ONE_BLOCK_EARLIER = '2'  # the name of a layer of `recorded_net`
 OVERFOCUSING = [dict(method=method, seed=seed, epochs=60) for seed in range(2) for method in ('plain', 'sgdrop')]
 
 def focus_recorders() -> dict[str, FocusRecorder]:
     "What is followed from epoch to epoch, by the prefix of its columns"
     ratios = {f'ratio_above_{t}': partial(attribution_ratio, threshold=t) for t in (0.1, 0.5)}
-    new = partial(FocusRecorder, n_images=300, n_maps=20)
+    new = partial(FocusRecorder, n_images=300, n_maps=20, augmented=True)
     return {'': new(measures=ratios), 'earlier_': new(layer=ONE_BLOCK_EARLIER), 'gradcam_': new(method='gradcam')}
 
 def run_overfocusing(
@@ -133,7 +133,7 @@ def _kept_maps(recorders, learn):
     maps = {f'{prefix}maps': {str(e): [[[round(v, 5) for v in row] for row in image[0].tolist()] for image in recorders[prefix].maps[e]] for e in epochs} for prefix in ('', 'gradcam_')}
     return dict(images=[f'{f.parent.name}/{f.name}' for f in files], **maps)
 
-# %% ../nbs/11_record.ipynb #aaf4cc45
+# %% ../nbs/11_record.ipynb #b063c5c4
 CHANGES = [dict(dataset=dataset, method=method, seed=seed, epochs=30)
            for seed in range(5) for dataset in PHOTOGRAPHS for method in ('plain', 'sgdrop')]
 
@@ -143,22 +143,22 @@ def run_changes(
     "One training, measured in every way at its end"
     learn = new_learner(settings['dataset'], settings['seed'])
     fit_quietly(learn, settings['epochs'], METHODS[settings['method']](), BFloat16())
-    scores, train = valid_scores(learn), plain_loader(learn.dls, 'train')
+    scores, train = valid_scores(learn), in_order(learn.dls, 'train')
     with learn.no_bar(), learn.no_logging(): train_accuracy = learn.validate(dl=train)[1]
     return dict(**scores, generalization_gap=train_accuracy - scores['accuracy'], **focus_measures(learn.model, learn.dls))
 
-# %% ../nbs/11_record.ipynb #5e6aab51
+# %% ../nbs/11_record.ipynb #0217c194
 def focus_measures(
     model: nn.Module,  # trained
     dls: DataLoaders,  # on whose validation images to measure
     n: int = 250,  # how many images for the curves and the coverage; twice as many for the rest
 ) -> dict[str, float | list | dict]:
     "Attribution, coverage, occlusion and curves of one network"
-    maps = [A for *_, A in attributed(plain_loader(dls, n=2 * n), model)]
+    maps = [A for *_, A in attributed(in_order(dls, n=2 * n), model)]
     measures = {f.__name__: torch.cat([f(A) for A in maps]).nanmean().item() for f in (attribution_ratio, effective_area, gini)}
-    covered = {f'coverage_{t}': neuron_coverage(model, plain_loader(dls, n=n), threshold=t)['all'] for t in (0.5, 0.75, 0.9)}
-    occluded = occlusion_accuracy(model, plain_loader(dls, n=2 * n)).reset_index().round(4).to_dict('list')
-    curves = {f.__name__: torch.cat([f(model, x, A) for (x,), _, _, A in attributed(plain_loader(dls, n=n), model)]) for f in (deletion_curve, insertion_curve)}
+    covered = {f'coverage_{t}': neuron_coverage(model, in_order(dls, n=n), threshold=t)['all'] for t in (0.5, 0.75, 0.9)}
+    occluded = occlusion_accuracy(model, in_order(dls, n=2 * n)).reset_index().round(4).to_dict('list')
+    curves = {f.__name__: torch.cat([f(model, x, A) for (x,), _, _, A in attributed(in_order(dls, n=n), model)]) for f in (deletion_curve, insertion_curve)}
     means = {name: [round(v, 4) for v in curve.mean(0).tolist()] for name, curve in curves.items()}
     return dict(**measures, **covered, occluded=occluded, **means, **{name.replace('curve', 'auc'): curve_auc(c).mean().item() for name, c in curves.items()})
 
@@ -196,7 +196,7 @@ TRAPS += [_trap_settings(0., 'predicted', None, 'spatial'), _trap_settings(0.2, 
           *[_trap_settings(0.3, 'predicted', None, granularity) for granularity in ('element', 'spatial')],
           _trap_settings(0.3, 'predicted', ONE_BLOCK_EARLIER, 'element'), _trap_settings(0.3, 'label', None, 'channel')]
 
-# %% ../nbs/11_record.ipynb #dd51b1a0
+# %% ../nbs/11_record.ipynb #d2e782c3
 def run_traps(
     settings: dict,  # 'layer', 'whose', 'granularity', 'rho', 'share', 'seed', 'epochs'
 ) -> dict:
@@ -208,7 +208,7 @@ def run_traps(
         warnings.simplefilter('always')
         fit_quietly(learn, s['epochs'], cb)
     warned = sorted({w.category.__name__ for w in caught if issubclass(w.category, SaliencyWarning)})
-    numbers = mask_numbers(learn.model, plain_loader(learn.dls, 'train'), s['rho'], s['granularity'], s['layer'])
+    numbers = mask_numbers(learn.model, in_order(learn.dls, 'train'), s['rho'], s['granularity'], s['layer'])
     history = [{k: round(v, 4) for k, v in row.items()} for row in cb.history]
     return dict(**valid_scores(learn), **numbers, warned=warned, watch=history)
 

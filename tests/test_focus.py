@@ -619,6 +619,15 @@ def test_training_images_are_seen_as_in_validation(where, small_net, tmp_path):
     assert not learn.dls.train.new(shuffle=False).one_batch()[0].as_subclass(torch.Tensor).equal(PHOTOS[:8])  # the training goes on as before
 
 
+def test_augmented_images_are_seen_as_training_shows_them_if_asked_for(small_net, tmp_path):
+    class Spy(Callback):
+        order = 70
+        def after_epoch(self): self.seen = torch.cat([x.as_subclass(torch.Tensor) for x, _ in recorder.samples['train']])
+    learn = learner(small_net(), tmp_path, recorder := FocusRecorder(n_images=10, augmented=True))
+    learn.fit(2, cbs=(spy := Spy()))
+    assert not spy.seen.equal(PHOTOS[torch.linspace(0, N_TRAIN - 1, 10).long()])
+
+
 @pytest.mark.parametrize('settings', [
     dict(), dict(layer='0'), dict(layer='the module'), dict(threshold=0.3), dict(method='gradcam'), dict(n_images=1), dict(n_images=7), dict(n_images=1000)])
 def test_a_row_is_what_one_measures_by_hand(settings, small_net, tmp_path):

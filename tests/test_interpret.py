@@ -12,6 +12,7 @@ from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTe
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_core import TensorImage
+from fastai.vision.augment import RandTransform
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.learner import vision_learner
 from torchvision.models import resnet18
@@ -34,13 +35,13 @@ def no_open_figures():
     plt.close('all')
 
 
-def photographs(n=12, size=40, bs=4):
-    "Loaders of three classes of PIL images, with augmentation-free transforms and normalization"
+def photographs(n=12, size=40, bs=4, after_batch=()):
+    "Loaders of three classes of PIL images, with their class, no augmentation unless it is given"
     rng = np.random.default_rng(0)
     files = [PILImage.create(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(n)]
     names = ['horn', 'golf ball', 'church']
     items = Datasets(range(n), [[lambda i: files[i]], [lambda i: names[i % 3], Categorize()]], splits=[range(n), range(n)])
-    return items.dataloaders(bs=bs, after_item=[ToTensor()], after_batch=[IntToFloatTensor(), Normalize.from_stats(*imagenet_stats)], num_workers=0, device='cpu')
+    return items.dataloaders(bs=bs, after_item=[ToTensor()], after_batch=[IntToFloatTensor(), *after_batch, Normalize.from_stats(*imagenet_stats)], num_workers=0, device='cpu')
 
 
 def test_every_image_is_measured_as_by_hand(learn):
@@ -164,3 +165,15 @@ def test_the_scale_leaves_out_one_pixel_in_a_hundred():
     shares = torch.arange(1000.).view(10, 1, 10, 10) / 1000
     assert common_scale(shares) == pytest.approx(98.9)
     assert common_scale(torch.full((1, 1, 10, 10), 0.01)) == 2.
+
+
+def test_training_images_are_seen_without_augmentation():
+    class Black(RandTransform):
+        "Black images, in training only"
+        split_idx, order = 0, IntToFloatTensor.order + 1
+        def encodes(self, x: TensorImage): return x * 0
+
+    learn = Learner(photographs(after_batch=[Black(p=1.)]), resnet18(num_classes=3))
+    assert learn.dls.train.one_batch()[0].std((2, 3)).max() < 1e-6
+    pictures = [AttributionInterpretation.from_learner(learn, ds_idx=i).pictures([0, 1]) for i in (0, 1)]
+    assert pictures[0].equal(pictures[1]) and pictures[0].std() > 0.1

@@ -212,7 +212,7 @@ def run_traps(
     history = [{k: round(v, 4) for k, v in row.items()} for row in cb.history]
     return dict(**valid_scores(learn), **numbers, warned=warned, watch=history)
 
-# %% ../nbs/11_record.ipynb #d32fabfc
+# %% ../nbs/11_record.ipynb #bd628e86
 TRANSFER = [dict(pretraining=first, seed=seed, epochs=15, n_per_class=200) for seed in range(3) for first in ('none', 'plain', 'sgdrop')]
 
 def run_transfer(
@@ -233,7 +233,7 @@ def run_transfer(
 def _continue(learn, epochs, cb, fresh):
     "From scratch, or from pretrained weights"
     if fresh: return fit_quietly(learn, epochs, cb, BFloat16())
-    with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, 5e-3, cbs=[SkipValidation(), BFloat16(), *filter(None, [cb])])
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, 5e-3, lr_mult=1, cbs=[SkipValidation(), BFloat16(), *filter(None, [cb])])
 
 # %% ../nbs/11_record.ipynb #2fc39405
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sgdrop.focus.FocusRecorder.plot_maps': ('focus.html#focusrecorder.plot_maps', 'sgdrop/focus.py'),
                               'sgdrop.focus._classes': ('focus.html#_classes', 'sgdrop/focus.py'),
                               'sgdrop.focus._forward_with_hooks': ('focus.html#_forward_with_hooks', 'sgdrop/focus.py'),
+                              'sgdrop.focus._outline': ('focus.html#_outline', 'sgdrop/focus.py'),
                               'sgdrop.focus._peeked': ('focus.html#_peeked', 'sgdrop/focus.py'),
                               'sgdrop.focus._right': ('focus.html#_right', 'sgdrop/focus.py'),
                               'sgdrop.focus._scores_and_attribution': ('focus.html#_scores_and_attribution', 'sgdrop/focus.py'),

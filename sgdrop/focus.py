@@ -25,11 +25,11 @@ from .mask import check_fraction
 from .split import evaluating, feature_maps, layer_name, split_model, unwrapped
 
 # %% auto #0
-__all__ = ['attribution_ratio', 'position_shares', 'effective_area', 'gini', 'evidence_map', 'show_evidence', 'region_share',
-           'pixel_ranks', 'pointing_game', 'region_iou', 'model_attribution', 'attributed', 'spread_over',
-           'scaled_activations', 'covered_layers', 'neuron_coverage', 'blurred', 'replacement_curve', 'deletion_curve',
-           'insertion_curve', 'curve_auc', 'shuffled_positions', 'occlusion_accuracy', 'FocusRecorder', 'viewable',
-           'as_in_validation', 'plot_focus', 'plot_map_history']
+__all__ = ['attribution_ratio', 'position_shares', 'effective_area', 'gini', 'evidence_map', 'blurred', 'show_evidence',
+           'region_share', 'pixel_ranks', 'pointing_game', 'region_iou', 'model_attribution', 'attributed',
+           'spread_over', 'scaled_activations', 'covered_layers', 'neuron_coverage', 'replacement_curve',
+           'deletion_curve', 'insertion_curve', 'curve_auc', 'shuffled_positions', 'occlusion_accuracy',
+           'FocusRecorder', 'viewable', 'as_in_validation', 'plot_focus', 'plot_map_history']
 
 # %% ../nbs/05_focus.ipynb #003636da
 def attribution_ratio(
@@ -77,7 +77,17 @@ def evidence_map(
     pixels = interpolate(A.float().sum(1, keepdim=True), size=tuple(size), mode='bilinear')
     return position_shares(pixels).view_as(pixels)
 
-# %% ../nbs/05_focus.ipynb #acc5bc30
+# %% ../nbs/05_focus.ipynb #2c7a1f63
+def blurred(
+    x: Tensor,  # images, B×3×H×W
+    sigma: float | None = None,  # width of the blur, pixels; None for a tenth of the height
+) -> Tensor:  # images of the same shape
+    "Images with their details gone but their colours left"
+    sigma = sigma or x.shape[2] / 10
+    kernel = 2 * min(int(3 * sigma), min(x.shape[2:]) - 1) + 1
+    return gaussian_blur(x, [kernel, kernel], [sigma, sigma])
+
+# %% ../nbs/05_focus.ipynb #2297b3e4
 def show_evidence(
     image: Tensor,  # 3×H×W or 1×H×W, from 0 to 1
     share: Tensor | None = None,  # 1×H×W, shares of evidence; None for the image alone
@@ -89,11 +99,16 @@ def show_evidence(
     ax = ax or plt.subplots(figsize=(2, 2))[1]
     if share is None: ax.imshow(image.permute(1, 2, 0).squeeze(2), cmap='gray', vmin=0, vmax=1)
     else:
-        ax.imshow(image.mean(0), cmap='gray', vmin=0, vmax=1)
-        ax.imshow(share[0] * share[0].numel(), cmap='inferno', vmin=0, vmax=vmax, alpha=0.8)
+        ax.imshow(share[0] * share[0].numel(), cmap='inferno', vmin=0, vmax=vmax)
+        _outline(image, ax)
     if region is not None: ax.contour(region[0].float(), [0.5], colors='white' if share is not None else 'black', linewidths=1)
     ax.set(xticks=[], yticks=[])
     return ax
+
+def _outline(image, ax):
+    "A thin line between the bright and the dark parts of an image; its gray values would look like evidence"
+    smooth = blurred(image.mean(0)[None, None], image.shape[1] / 32)[0, 0]
+    if smooth.max() - smooth.min() > 0.05: ax.contour(smooth, [smooth.mean()], colors='white', linewidths=0.5, alpha=0.6)
 
 # %% ../nbs/05_focus.ipynb #852d1589
 def region_share(
@@ -228,16 +243,6 @@ def _forward_with_hooks(model, batches, hooks, before_batch):
             with evaluating(model): model(*[x.as_subclass(Tensor) for x in xb])
     finally:
         for handle in handles: handle.remove()
-
-# %% ../nbs/05_focus.ipynb #2c7a1f63
-def blurred(
-    x: Tensor,  # images, B×3×H×W
-    sigma: float | None = None,  # width of the blur, pixels; None for a tenth of the height
-) -> Tensor:  # images of the same shape
-    "Images with their details gone but their colours left"
-    sigma = sigma or x.shape[2] / 10
-    kernel = 2 * min(int(3 * sigma), min(x.shape[2:]) - 1) + 1
-    return gaussian_blur(x, [kernel, kernel], [sigma, sigma])
 
 # %% ../nbs/05_focus.ipynb #07805687
 @torch.no_grad()

@@ -209,12 +209,12 @@ def _check_same_images(one, other):
     if len(one) != len(other): raise ValueError(f'the two were made from {len(one)} and {len(other)} images; make both from the same loader: from_learner(…, dl=dl)')
     if one.images.label.tolist() != other.images.label.tolist(): raise ValueError('the labels of the two differ, so they are not of the same images in the same order; make both from the same loader: from_learner(…, dl=dl)')
 
-# %% ../nbs/06_interpret.ipynb #46a2aa42
+# %% ../nbs/06_interpret.ipynb #2121d95e
 @patch
 def deletion_curve(self: AttributionInterpretation,
     n: int = 100,  # how many images, spread evenly
     steps: int = 16,  # how many times pixels are taken away
-    label: str = 'most salient first',  # of the curve
+    label: str = 'the network',  # of the curve
     baseline: bool = True,  # draw the curve for pixels in random order, too?
     ax=None,  # matplotlib axes; new ones if None
 ):  # the axes
@@ -223,7 +223,7 @@ def deletion_curve(self: AttributionInterpretation,
     numbers = torch.linspace(0, len(self) - 1, min(n, len(self))).long().tolist()
     salient, random = self._deletion(numbers, steps)
     share = torch.linspace(0, 1, steps + 1)
-    line, = ax.plot(share, salient.mean(0), label=label)
+    line, = ax.plot(share, salient.mean(0), label=f'{label}, most salient first')
     error = salient.std(0) / len(salient) ** 0.5
     ax.fill_between(share, salient.mean(0) - error, salient.mean(0) + error, color=line.get_color(), alpha=0.25, lw=0)
     if baseline: ax.plot(share, random.mean(0), ':', color=line.get_color(), label=f'{label}, in random order')

@@ -87,7 +87,7 @@ def blurred(
     kernel = 2 * min(int(3 * sigma), min(x.shape[2:]) - 1) + 1
     return gaussian_blur(x, [kernel, kernel], [sigma, sigma])
 
-# %% ../nbs/05_focus.ipynb #2297b3e4
+# %% ../nbs/05_focus.ipynb #962ab45a
 def show_evidence(
     image: Tensor,  # 3×H×W or 1×H×W, from 0 to 1
     share: Tensor | None = None,  # 1×H×W, shares of evidence; None for the image alone
@@ -97,9 +97,9 @@ def show_evidence(
 ):  # the axes
     "Draw an image, its evidence and a region"
     ax = ax or plt.subplots(figsize=(2, 2))[1]
-    if share is None: ax.imshow(image.permute(1, 2, 0).squeeze(2), cmap='gray', vmin=0, vmax=1)
+    if share is None: ax.imshow(image.permute(1, 2, 0).squeeze(2), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
     else:
-        ax.imshow(share[0] * share[0].numel(), cmap='inferno', vmin=0, vmax=vmax)
+        ax.imshow(share[0] * share[0].numel(), cmap='inferno', vmin=0, vmax=vmax, interpolation='nearest')
         _outline(image, ax)
     if region is not None: ax.contour(region[0].float(), [0.5], colors='white' if share is not None else 'black', linewidths=1)
     ax.set(xticks=[], yticks=[])

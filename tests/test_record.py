@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -76,7 +77,7 @@ def test_committed_tables_are_complete(name):
     table = recorded(name, RESULTS)
     assert table.key.tolist() == [settings_key(s) for s in RECORDINGS[name].plan]
     for row, settings in zip(table.to_dict('records'), RECORDINGS[name].plan):
-        assert all(row[k] == v or (v is None and row[k] is None) for k, v in settings.items())
+        assert all(row[k] == v or (v is None and pd.isna(row[k])) for k, v in settings.items())
 
 
 def test_flowers_are_divided_as_promised(with_tiny_sets):

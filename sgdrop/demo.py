@@ -35,8 +35,8 @@ from .focus import attribution_ratio, evidence_map, model_attribution, region_sh
 
 # %% auto #0
 __all__ = ['METHODS', 'DATA', 'NAMES', 'small_resnet', 'measure_digits', 'measure_photographs', 'DemoData', 'EpochTimer', 'train',
-           'run_seed', 'run_demo', 'demo_table', 'plot_demo', 'check_folder', 'write_whole', 'save_demo', 'demo_parser',
-           'main']
+           'run_seed', 'run_demo', 'demo_table', 'plot_demo', 'check_folder', 'write_whole', 'save_demo',
+           'OneLineParser', 'complain', 'demo_parser', 'main']
 
 # %% ../nbs/09_demo.ipynb #ca9bcffa
 METHODS: dict[str, Callable] = dict(
@@ -273,10 +273,19 @@ def save_demo(
     write_whole(folder / 'demo.json', json.dumps(records, indent=1).encode())
     write_whole(folder / 'demo.png', image.getvalue())
 
-# %% ../nbs/09_demo.ipynb #23b26847
-class _OneLineParser(argparse.ArgumentParser):
+# %% ../nbs/09_demo.ipynb #5b75c54c
+class OneLineParser(argparse.ArgumentParser):
     "A parser whose errors are one line"
     def error(self, message): self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+
+def complain(
+    command: str,  # whose complaint
+    what,  # text or exception
+    status: int,  # exit status
+) -> int:  # the same
+    "One line on standard error"
+    sys.stderr.write(f'{command}: {what}\n')
+    return status
 
 def _positive(text):
     if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f'expected a whole number from 1, got {text!r}')
@@ -284,7 +293,7 @@ def _positive(text):
 
 def demo_parser() -> argparse.ArgumentParser:
     "The options of `sgdrop-demo`"
-    p = _OneLineParser('sgdrop-demo', description='Train three networks on one shortcut, and show what each of them looks at.')
+    p = OneLineParser('sgdrop-demo', description='Train three networks on one shortcut, and show what each of them looks at.')
     p.add_argument('--data', choices=list(DATA), default='digits',
                    help='embedded digits, or photographs with few images per class (default: %(default)s)')
     p.add_argument('--seeds', type=_positive, default=3, metavar='N', help='how many seeds (default: %(default)s)')
@@ -293,7 +302,7 @@ def demo_parser() -> argparse.ArgumentParser:
     p.add_argument('--out', type=Path, default=Path('demo'), metavar='DIR', help='folder for demo.json and demo.png (default: %(default)s)')
     return p
 
-# %% ../nbs/09_demo.ipynb #3ce9820f
+# %% ../nbs/09_demo.ipynb #cd9c19dc
 def main(
     argv: list[str] | None = None,  # the command line; None for the real one
 ) -> int:  # exit status
@@ -304,12 +313,8 @@ def main(
         DATA[args.data].ready()
         records, pictures = run_demo(args.data, args.seeds, args.epochs, args.jobs, show_bar=sys.stdout.isatty())
         save_demo(args.out, records, plot_demo(records, pictures, args.data))
-    except KeyboardInterrupt: return _complain('interrupted; nothing was written', 130)
-    except OSError as e: return _complain(e, 1)
+    except KeyboardInterrupt: return complain('sgdrop-demo', 'interrupted; nothing was written', 130)
+    except OSError as e: return complain('sgdrop-demo', e, 1)
     sys.stdout.write(f'{demo_table(records, args.data).to_string()}\nmean ± standard deviation over {args.seeds} seeds; '
                      f'{args.out}/demo.json, {args.out}/demo.png\n')
     return 0
-
-def _complain(what, status):
-    sys.stderr.write(f'sgdrop-demo: {what}\n')
-    return status

@@ -26,7 +26,7 @@ from .split import evaluating, feature_maps, layer_name, split_model, unwrapped
 
 # %% auto #0
 __all__ = ['attribution_ratio', 'position_shares', 'effective_area', 'gini', 'evidence_map', 'blurred', 'show_evidence',
-           'region_share', 'pixel_ranks', 'pointing_game', 'region_iou', 'model_attribution', 'attributed',
+           'region_share', 'pixel_ranks', 'pointing_game', 'region_iou', 'model_attribution', 'attributed', 'evenly',
            'spread_over', 'scaled_activations', 'covered_layers', 'neuron_coverage', 'replacement_curve',
            'deletion_curve', 'insertion_curve', 'curve_auc', 'shuffled_positions', 'occlusion_accuracy',
            'FocusRecorder', 'viewable', 'as_in_validation', 'plot_focus', 'plot_map_history']
@@ -177,6 +177,14 @@ def _scores_and_attribution(model, phi, psi, xb, target, method):
         z = phi.eval()(*xb)
         return class_scores(psi.eval()(z)), attribute(psi, z, target, method)
 
+# %% ../nbs/05_focus.ipynb #b331ac1a
+def evenly(
+    of: int,  # how many there are
+    n: int,  # how many to choose; all if there are no more
+) -> Tensor:  # indices, ascending
+    "The numbers of some things, spread evenly over all"
+    return torch.linspace(0, of - 1, min(n, of)).long()
+
 # %% ../nbs/05_focus.ipynb #12691654
 def spread_over(
     dl: TfmdDL,  # a loader of validation images
@@ -307,12 +315,15 @@ def shuffled_positions(
     order = torch.rand(rows.shape, generator=generator).argsort(1).to(rows.device)
     return rows.gather(1, order).view(len(A), 1, *A.shape[2:])
 
-# %% ../nbs/05_focus.ipynb #2c686f40
+# %% ../nbs/05_focus.ipynb #7f641581
+def _recognized(scores, y):
+    "Which images have their highest score at their label"
+    return target_classes(y, scores).gather(1, scores.argmax(1, keepdim=True))[:, 0]
+
 @torch.no_grad()
 def _right(model, x, y):
     "Which images are recognized"
-    with evaluating(model): scores = class_scores(model(x))
-    return target_classes(y, scores).gather(1, scores.argmax(1, keepdim=True))[:, 0]
+    with evaluating(model): return _recognized(class_scores(model(x)), y)
 
 def occlusion_accuracy(
     model: nn.Module,  # a network for images
@@ -398,7 +409,7 @@ def as_in_validation(
     if isinstance(items, Datasets): return Datasets(tls=[tl._new(tl.items, split_idx=1) for tl in items.tls], n_inp=items.n_inp)
     return items  # no set of fastai's, so nothing tells training from validation
 
-# %% ../nbs/05_focus.ipynb #610ad6ad
+# %% ../nbs/05_focus.ipynb #19b102a3
 @patch
 def _load_samples(self: FocusRecorder):
     "Images spread over the training set and over the validation set"
@@ -406,14 +417,13 @@ def _load_samples(self: FocusRecorder):
     template, self.samples = self.dls.valid if len(valid) else self.dls.train, {}
     for part, items in dict(train=train if self.augmented else as_in_validation(train), valid=valid).items():
         if not len(items): continue
-        chosen = torch.linspace(0, len(items) - 1, min(self.n_images, len(items))).long()
-        dl = template.new(items, get_idxs=chosen.tolist, num_workers=0, shuffle=False, drop_last=False)
+        dl = template.new(items, get_idxs=evenly(len(items), self.n_images).tolist, num_workers=0, shuffle=False, drop_last=False)
         self.samples[part] = [[t.cpu() for t in batch] for batch in dl]
     shown = torch.cat([batch[0] for batch in self.samples.get('valid', self.samples.get('train'))])
-    self.kept = torch.linspace(0, len(shown) - 1, min(self.n_maps, len(shown))).long()
+    self.kept = evenly(len(shown), self.n_maps)
     self.images = viewable(template, shown[self.kept])
 
-# %% ../nbs/05_focus.ipynb #bba6690c
+# %% ../nbs/05_focus.ipynb #60bbe00a
 @patch
 def _measure(self: FocusRecorder, part):
     "Attribution and correctness of every image of a sample"
@@ -422,15 +432,14 @@ def _measure(self: FocusRecorder, part):
     batches = [[*map(like, xb), y.to(weight.device)] for *xb, y in self.samples[part]]
     if self.halves is None: self.halves = split_model(unwrapped(self.learn.model), self.layer, *[x[:2].as_subclass(Tensor) for x in batches[0][:-1]])
     rows = list(attributed(batches, self.learn.model, method=self.method, halves=self.halves))
-    right = [target_classes(y, s).gather(1, s.argmax(1, keepdim=True))[:, 0] for _, y, s, _ in rows]
+    right = [_recognized(scores, y) for _, y, scores, _ in rows]
     return [A for *_, A in rows], torch.cat(right).float().mean().item()
 
-# %% ../nbs/05_focus.ipynb #010920ff
+# %% ../nbs/05_focus.ipynb #33deb495
 @patch
 def after_validate(self: FocusRecorder):
     "Measure, after a training epoch"
     if not self.trained: return  # `learn.validate` alone
-    self.trained = False
     with no_random():
         if self.samples is None: self._load_samples()
         measured = {part: self._measure(part) for part in self.samples}

@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from scipy import integrate, ndimage
 from torch import nn
 
+from attributions import made
 from networks import NETWORKS, build, hooked, images, same_weights
 from sgdrop.callback import SGDropCallback
 from sgdrop.data import imagenette
@@ -41,17 +42,6 @@ from sgdrop.focus import (FocusRecorder, attributed, attribution_ratio, blurred,
 
 
 # Any attribution, any region
-
-def made(shape, kind, seed):
-    "An attribution whose sums are exact in float32"
-    g = torch.Generator().manual_seed(seed)
-    if kind == 'ties': return torch.randint(0, 4, shape, generator=g) / 4
-    if kind == 'sparse': return torch.randint(0, 2**12, shape, generator=g) * (torch.rand(shape, generator=g) < 0.2) / 2**6
-    if kind == 'zero': return torch.zeros(shape)
-    if kind == 'flat': return torch.full(shape, 0.5)
-    if kind == 'distinct': return (torch.rand(shape, generator=g).flatten(1).argsort(1).view(shape) + 1) / 2**7  # in each image, no value twice
-    return torch.randint(0, 2**14, shape, generator=g) / 2**7
-
 
 def made_region(A, share, seed, size=None):
     return torch.rand(len(A), 1, *(size or A.shape[2:]), generator=torch.Generator().manual_seed(seed)) < share

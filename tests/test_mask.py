@@ -8,20 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attributions import made
 from sgdrop.mask import SaliencyWarning, kept_evidence, mask_share, saliency_mask
 
 GRANULARITIES = ['element', 'spatial', 'channel']
 SUMMED = dict(element=(), spatial=(1,), channel=(2, 3))
-
-
-def made(shape, kind, seed):
-    "An attribution whose sums are exact in float32"
-    g = torch.Generator().manual_seed(seed)
-    if kind == 'ties': return torch.randint(0, 4, shape, generator=g) / 4
-    if kind == 'sparse': return torch.randint(0, 2**12, shape, generator=g) * (torch.rand(shape, generator=g) < 0.2) / 2**6
-    if kind == 'zero': return torch.zeros(shape)
-    if kind == 'flat': return torch.full(shape, 0.5)
-    return torch.randint(0, 2**14, shape, generator=g) / 2**7
 
 
 sizes = st.integers(1, 6)

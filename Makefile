@@ -9,7 +9,7 @@ SAY = @printf '\n== %s\n'
 QUIET = OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning:torch.jit._script
 NBTEST = $(QUIET) "$(BIN)/nbdev-test" --n-workers 2 --timing
 
-.PHONY: help demo test synced readme-current notebooks nbs readme
+.PHONY: help demo bench test synced readme-current notebooks nbs readme
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -17,6 +17,10 @@ help:  ## list the targets
 
 demo: $(VENV)  ## train with and without SGDrop on the embedded digits; results in demo/
 	@"$(BIN)/sgdrop-demo" --seeds 3 --out demo
+
+bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: all of its tables anew, in bench/, 8 hours)
+	@$(QUIET); export OMP_NUM_THREADS PYTHONWARNINGS; set -e; \
+	$(if $(WHOLE),for t in search tuning benchmark; do "$(BIN)/sgdrop-bench" $$t --out bench; done,"$(BIN)/sgdrop-bench" benchmark --again)
 
 test: synced readme-current notebooks  ## check that notebooks, modules and README agree, then run notebooks and pytest
 	$(SAY) 'pytest'

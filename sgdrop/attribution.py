@@ -78,24 +78,24 @@ def target_classes(
     raise ValueError(f"target must be 'predicted', a class number, {len(scores)} class numbers, or "
                      f'label weights of shape {tuple(scores.shape)}; got {target!r}.')
 
-# %% ../nbs/00_attribution.ipynb #e71d40db
+# %% ../nbs/00_attribution.ipynb #c876f4f0
 def grad_x_act(
     scores: Tensor,  # class scores, B×K, computed from `z`
     z: Tensor,  # feature map, B×C×H×W, part of the graph of `scores`
     classes: Tensor,  # bool, B×K, the classes whose scores count
 ) -> Tensor:  # attribution ≥ 0, shape of `z`, float32
     "ReLU(∇ψ_c(z) ⊙ z), the paper's attribution (section 3), from a graph that is there already"
-    gradient, = torch.autograd.grad(scores, z, grad_outputs=classes.to(scores.dtype))
+    gradient, = torch.autograd.grad(scores, z, grad_outputs=classes.to(scores.dtype), retain_graph=True)
     return (gradient.float() * z.detach().float()).clamp(min=0)
 
-# %% ../nbs/00_attribution.ipynb #a862a443
+# %% ../nbs/00_attribution.ipynb #3c9ae595
 def gradcam(
     scores: Tensor,  # class scores, B×K, computed from `z`
     z: Tensor,  # feature map, B×C×H×W, part of the graph of `scores`
     classes: Tensor,  # bool, B×K, the classes whose scores count
 ) -> Tensor:  # attribution ≥ 0, B×1×H×W, float32
     "Grad-CAM (Selvaraju et al. 2017) on the feature map, from a graph that is there already"
-    gradient, = torch.autograd.grad(scores, z, grad_outputs=classes.to(scores.dtype))
+    gradient, = torch.autograd.grad(scores, z, grad_outputs=classes.to(scores.dtype), retain_graph=True)
     weight = gradient.float().mean(dim=(2, 3), keepdim=True)
     return (weight * z.detach().float()).sum(dim=1, keepdim=True).clamp(min=0)
 

@@ -19,8 +19,8 @@ from scipy import stats
 from . import __version__
 
 # %% auto #0
-__all__ = ['POLL_SECONDS', 'settings_key', 'read_rows', 'append_row', 'run_plan', 'paired_difference', 'paired_table',
-           'format_difference']
+__all__ = ['POLL_SECONDS', 'settings_key', 'read_rows', 'append_row', 'run_plan', 'paired_difference', 'finished_rows',
+           'paired_table', 'format_difference']
 
 # %% ../nbs/08_compare.ipynb #17b3e3b8
 def settings_key(
@@ -273,6 +273,18 @@ def paired_difference(
     d = _differences(rows, value, method, against, pair_by, column)
     mean, half = d.mean(), stats.t.ppf(0.975, len(d) - 1) * d.sem()
     return pd.Series(dict(mean=mean, low=mean - half, high=mean + half, wins=(d > 0).sum(), ties=(d == 0).sum(), n=len(d)), name=value)
+
+# %% ../nbs/08_compare.ipynb #20c659d7
+def finished_rows(
+    plan: list[dict],  # settings of each run
+    path: Path,  # file of rows
+    command: str,  # that makes the missing rows
+) -> pd.DataFrame:  # one row per run, in the plan's order
+    "The rows of a finished plan, or an error that says how to finish it"
+    rows, keys = {row['key']: row for row in read_rows(path) if 'key' in row}, [settings_key(settings) for settings in plan]
+    missing = [key for key in keys if key not in rows]
+    if missing: raise FileNotFoundError(f'{len(missing)} of the {len(plan)} runs are not in {path}; run: {command}')
+    return pd.DataFrame([rows[key] for key in keys])
 
 # %% ../nbs/08_compare.ipynb #bdbf5984
 def paired_table(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .mask import check_fraction
 
 # %% auto #0
-__all__ = ['warm_decay', 'in_float32', 'EMATeacher']
+__all__ = ['warm_decay', 'in_float32', 'EMATeacher', 'fast_dtype', 'teacher_map']
 
 # %% ../nbs/03_teacher.ipynb #a508e2bc
 def warm_decay(
@@ -64,3 +64,27 @@ def get_extra_state(self: EMATeacher) -> dict: return dict(n_updates=self.n_upda
 
 @patch
 def set_extra_state(self: EMATeacher, state: dict) -> None: self.n_updates = state['n_updates']
+
+# %% ../nbs/03_teacher.ipynb #baf6e77c
+def fast_dtype(
+    device: torch.device | str,  # where a network runs
+) -> torch.dtype:  # bfloat16 or float32
+    "bfloat16 where the hardware has instructions for it, else float32"
+    device = torch.device(device)
+    if device.type == 'cuda': fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: fast = device.type == 'cpu' and any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16'))
+    return torch.bfloat16 if fast else torch.float32
+
+# %% ../nbs/03_teacher.ipynb #6e464e6d
+@torch.inference_mode()
+def teacher_map(
+    phi: nn.Module,  # φ', in evaluation mode
+    *xb: Tensor,  # its input, a batch
+    dtype: torch.dtype | None = None,  # precision of the pass; None for the fast one
+) -> Tensor:  # z', B×C×H×W, float32
+    "φ'(x), for a mask and nothing else"
+    xb = [in_float32(x.as_subclass(Tensor)) for x in xb]
+    dtype = dtype or fast_dtype(xb[0].device)
+    if dtype == torch.float32: return phi(*xb).float()
+    xb = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in xb]
+    with torch.autocast(xb[0].device.type, dtype): return phi(*xb).float().contiguous()

@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation
-from fastai.callback.core import Callback, CancelBatchException, CancelStepException, CancelValidException
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException, CancelValidException
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.schedule import Learner  # brings `fit_one_cycle` and `lr_find`
+from fastai.callback.schedule import Learner, SchedLin  # brings `fit_one_cycle` and `lr_find`
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import Datasets
 from fastai.data.transforms import Categorize
@@ -36,6 +36,9 @@ from sgdrop.mask import SaliencyWarning
     (dict(start=0.6, end=0.4), 'start must come before end'),
     (dict(target='labels'), "target must be one of 'predicted', 'label'; got 'labels'"),
     (dict(teacher='Full'), "teacher must be one of 'full', 'head', None; got 'Full'"),
+    *((dict(unmasked=w), r'unmasked must lie in \[0, 1\)') for w in (-0.1, 1, 50)),
+    (dict(rho=lambda done: done), r'rho must lie in \[0, 1\), got 1'),
+    (dict(fill='noise'), "fill must be one of .*'mean'.*or a function of .*got 'noise'"),
     (dict(granularity='pixel'), "granularity must be one of 'element', 'spatial', 'channel'; got 'pixel'"),
     (dict(attribution='grad-cam'), "attribution must be one of .*'grad_x_act'.*'gradcam'.*got 'grad-cam'"),
     (dict(attribution=nn.Conv2d), 'attribution must be one of'),
@@ -297,6 +300,87 @@ def test_the_teacher_follows_the_steps_of_the_optimizer(other, n, teacher, small
     steps = counted(learn)
     learn.fit(2, cbs=[cb, other()])
     assert cb.ema_teacher.n_updates == len(steps) == n
+
+
+# What it trains on
+
+class ByHand:
+    "The same steps without a callback: gradient × activation of the predicted class, positions dropped, SGD"
+    def __init__(self, net, rho, fill, unmasked):
+        self.net, self.rho, self.fill, self.unmasked = net, rho, fill, unmasked
+
+    def loss(self, x, y):
+        z = self.net[1](self.net[0](x))
+        scores = self.net[2:](z)
+        gradient, = torch.autograd.grad(scores.max(1).values.sum(), z, retain_graph=True)
+        A = (gradient * z.detach()).clamp(min=0).sum(1).flatten(1)
+        k = int(self.rho * A.shape[1])
+        keep = torch.ones_like(A).scatter(1, A.topk(k).indices, 0.).view(len(z), 1, *z.shape[2:])
+        holes = (1 - keep) * (z.mean((2, 3), keepdim=True) if self.fill == 'mean' else 0)
+        loss = nn.functional.cross_entropy
+        return (1 - self.unmasked) * loss(self.net[2:](z * keep + holes), y) + self.unmasked * loss(scores, y)
+
+
+@pytest.mark.parametrize('accumulate', [None, 16])
+@pytest.mark.parametrize('fill', ['zero', 'mean'])
+@pytest.mark.parametrize('unmasked', [0., 0.3])
+def test_the_gradients_are_those_of_the_blended_loss(unmasked, fill, accumulate, small_net, make_learner):
+    "Also under gradient accumulation, which scales the loss before SGDrop's events come"
+    def net():  # no dropout: the two scores of a step would draw different numbers by hand
+        return nn.Sequential(*[m for m in small_net() if not isinstance(m, nn.Dropout)])
+    learn, hand = make_learner(net()), ByHand(net().train(), 0.3, fill, unmasked)
+    seen, grads = [], []
+    class Note(Callback):
+        order = SGDropCallback.order + 3
+        def after_backward(self):
+            seen.append((self.x.clone(), self.y.clone()))
+            grads.append([p.grad.clone() for p in self.learn.model.parameters()])
+            if len(grads) == 2: raise CancelFitException
+    cb = SGDropCallback(rho=0.3, share=1., teacher=None, granularity='spatial', fill=fill, unmasked=unmasked)
+    learn.fit(1, 0., cbs=[cb, Note(), *([GradientAccumulation(accumulate)] if accumulate else [])])
+    x, y = seen[0]
+    hand.loss(x, y).backward()
+    scale = len(y) / accumulate if accumulate else 1.
+    for ours, p in zip(grads[0], hand.net.parameters(), strict=True): torch.testing.assert_close(ours, p.grad * scale, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_both_losses_are_those_of_blended_labels(mix, small_net, make_learner):
+    learn, losses = make_learner(small_net()), []
+    class Note(Callback):
+        order = SGDropCallback.order + 3
+        def after_pred(self): self.masked, self.plain = self.pred.detach(), cb.blended.other.detach()
+        def after_loss(self):
+            loss = lambda scores: torch.lerp(*(nn.functional.cross_entropy(scores, y, reduction='none') for y in (mixer.yb1[0], self.y)), mixer.lam).mean()
+            losses.append((self.loss.item(), (0.6 * loss(self.masked) + 0.4 * loss(self.plain)).item()))
+    mixer, cb, note = mix(0.5), SGDropCallback(rho=0.3, share=1., unmasked=0.4), Note()
+    note.run_valid = False
+    learn.fit(2, cbs=[mixer, cb, note])
+    assert len(losses) == 8 and all(ours == pytest.approx(theirs, abs=1e-5) for ours, theirs in losses)
+
+
+@pytest.mark.parametrize('error', [RuntimeError('no'), KeyboardInterrupt('no')])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_backward'])
+def test_the_loss_function_comes_back_when_another_callback_fails(event, error, small_net, make_learner):
+    learn = make_learner(small_net(), SGDropCallback(rho=0.3, unmasked=0.5))
+    loss_func = learn.loss_func
+    with pytest.raises(type(error)): learn.fit(1, cbs=FailsAt(event, error))
+    learn.fit(1)
+    assert learn.loss_func is loss_func and learn.validate()[0] == pytest.approx(plain_loss(learn), abs=1e-6)
+
+
+def test_the_loss_function_comes_back_when_it_fails_itself(small_net, make_learner):
+    def fails(scores, y): raise ZeroDivisionError
+    learn = make_learner(small_net(), loss_func=fails)
+    with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=SGDropCallback(rho=0.3, unmasked=0.5))
+    assert learn.loss_func is fails
+
+
+def test_a_schedule_of_rho_is_followed(small_net, make_learner):
+    cb = SGDropCallback(rho=SchedLin(0., 0.8), share=1., granularity='element')
+    fitted(make_learner, small_net(), cb, epochs=4, n=512, bs=64)
+    shares = [h['dropped'] for h in cb.history]
+    assert len(shares) == 4 and shares == sorted(shares) and shares[0] < 0.2 < shares[-1]
 
 
 # Whom it gets along with

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attributions import made
-from sgdrop.mask import SaliencyWarning, kept_evidence, mask_share, saliency_mask
+from sgdrop.mask import FILLS, SaliencyWarning, kept_evidence, mask_share, saliency_mask
 
 GRANULARITIES = ['element', 'spatial', 'channel']
 SUMMED = dict(element=(), spatial=(1,), channel=(2, 3))
@@ -204,3 +204,23 @@ def test_a_share_of_images_that_is_no_fraction_is_named(share):
 def test_rho_may_be_a_numpy_number():
     A = torch.rand(2, 3, 4, 4)
     assert saliency_mask(A, np.float64(0.3)).equal(saliency_mask(A, 0.3))
+
+
+def slow_fill(z, M, fill):
+    "One number after the other, in float64"
+    z, M, out = z.double(), M.expand_as(z), z.double().clone()
+    for b, c, i, j in zip(*torch.where(~M)):
+        kept = z[b, c][M[b, c]]
+        out[b, c, i, j] = dict(zero=0., scaled=0., mean=z[b, c].mean(), kept_mean=kept.mean() if len(kept) else 0., other=z[b - 1, c, i, j])[fill]
+    if fill != 'scaled': return out
+    for b in range(len(z)):
+        if out[b].abs().sum() > 0: out[b] *= z[b].abs().sum() / out[b].abs().sum()
+    return out
+
+
+@pytest.mark.parametrize('fill', list(FILLS))
+@given(attributions, st.integers(0, 999), granularities)
+def test_a_hole_is_filled_as_a_slow_derivation_fills_it(fill, A, thousandths, granularity):
+    z = A - A.mean()  # maps have negative values, too
+    M = saliency_mask(A, thousandths / 1000, granularity)
+    torch.testing.assert_close(FILLS[fill](z, M).double(), slow_fill(z, M, fill), atol=1e-5, rtol=1e-4)

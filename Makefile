@@ -9,7 +9,7 @@ SAY = @printf '\n== %s\n'
 QUIET = OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning:torch.jit._script
 NBTEST = $(QUIET) "$(BIN)/nbdev-test" --n-workers 2 --timing
 
-.PHONY: help demo bench test synced readme-current notebooks nbs readme
+.PHONY: help demo bench test synced readme-current notebooks nbs readme docs docs-serve docs-check
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -49,6 +49,17 @@ nbs: $(VENV)  ## export and rerun all notebooks (or NB=nbs/one.ipynb), saving th
 
 readme: $(VENV)  ## remake README.md from the executed nbs/index.ipynb
 	@"$(BIN)/python" docs/readme.py
+
+docs: $(VENV)  ## make the site in docs/_build/html from the notebooks as they are
+	$(SAY) 'the site: docs/_build/html'
+	@$(QUIET) "$(BIN)/python" docs/website.py
+
+docs-serve: $(VENV)  ## show the site at localhost:8000, remade and reloaded whenever a notebook is saved
+	@mkdir -p docs/_build/source; $(QUIET) "$(BIN)/sphinx-autobuild" --pre-build '"$(BIN)/python" docs/website.py --source' --watch nbs --watch docs --ignore docs/_build --re-ignore __pycache__ \
+		-q -c docs -d docs/_build/doctrees docs/_build/source docs/_build/html
+
+docs-check: docs  ## make the site and check it: links, and every page in a Chromium where there is one
+	@$(QUIET) "$(BIN)/pytest" -q tests/test_site.py
 
 $(VENV): settings.ini setup.py pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) not found: make PYTHON=/path/to/python$(MIN)-or-newer"; exit 1; }

@@ -19,8 +19,7 @@ demo: $(VENV)  ## train with and without SGDrop on the embedded digits; results 
 	@"$(BIN)/sgdrop-demo" --seeds 3 --out demo
 
 bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: all of its tables anew, in bench/, 8 hours)
-	@$(QUIET); export OMP_NUM_THREADS PYTHONWARNINGS; set -e; \
-	$(if $(WHOLE),for t in search tuning benchmark; do "$(BIN)/sgdrop-bench" $$t --out bench; done,"$(BIN)/sgdrop-bench" benchmark --again)
+	@$(if $(WHOLE),set -e; for t in search tuning benchmark; do "$(BIN)/sgdrop-bench" $$t --out bench; done,"$(BIN)/sgdrop-bench" benchmark --again)
 
 test: synced readme-current notebooks  ## check that notebooks, modules and README agree, then run notebooks and pytest
 	$(SAY) 'pytest'

@@ -331,6 +331,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sgdrop.record._continue': ('record.html#_continue', 'sgdrop/record.py'),
                                'sgdrop.record._kept_maps': ('record.html#_kept_maps', 'sgdrop/record.py'),
                                'sgdrop.record._trap_settings': ('record.html#_trap_settings', 'sgdrop/record.py'),
+                               'sgdrop.record.fit_and_note': ('record.html#fit_and_note', 'sgdrop/record.py'),
                                'sgdrop.record.fit_quietly': ('record.html#fit_quietly', 'sgdrop/record.py'),
                                'sgdrop.record.focus_measures': ('record.html#focus_measures', 'sgdrop/record.py'),
                                'sgdrop.record.focus_recorders': ('record.html#focus_recorders', 'sgdrop/record.py'),

@@ -34,9 +34,9 @@ from .split import evaluating, split_model
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ONE_BLOCK_EARLIER', 'OVERFOCUSING', 'CHANGES', 'WHOSE_MASK', 'TRAPS', 'TRANSFER', 'RECORDINGS',
-           'recorded_net', 'SkipValidation', 'BFloat16', 'new_learner', 'fit_quietly', 'valid_scores', 'in_order',
-           'focus_recorders', 'run_overfocusing', 'run_changes', 'focus_measures', 'mask_numbers', 'run_traps',
-           'run_transfer', 'Recording', 'recorded', 'recording_parser', 'main']
+           'recorded_net', 'SkipValidation', 'BFloat16', 'new_learner', 'fit_quietly', 'valid_scores', 'fit_and_note',
+           'in_order', 'focus_recorders', 'run_overfocusing', 'run_changes', 'focus_measures', 'mask_numbers',
+           'run_traps', 'run_transfer', 'Recording', 'recorded', 'recording_parser', 'main']
 
 # %% ../nbs/11_record.ipynb #20efa632
 PHOTOGRAPHS: dict[str, Callable[..., DataLoaders]] = dict(imagenette=imagenette, flowers17=flowers17)
@@ -91,6 +91,19 @@ def valid_scores(
     "Accuracy and loss on all validation images"
     with learn.no_bar(), learn.no_logging(): loss, right = learn.validate()
     return dict(accuracy=right, nll=loss)
+
+# %% ../nbs/11_record.ipynb #8492077f
+def fit_and_note(
+    learn: Learner,  # to be trained
+    epochs: int,  # how many
+    *cbs: Callback | None,  # callbacks; None is left out
+    **kwargs,  # for `fit_quietly`
+) -> list[str]:  # kinds of `SaliencyWarning`, sorted
+    "Train as `fit_quietly` does, and say what was warned of"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        fit_quietly(learn, epochs, *cbs, **kwargs)
+    return sorted({w.category.__name__ for w in caught if issubclass(w.category, SaliencyWarning)})
 
 # %% ../nbs/11_record.ipynb #b948f49c
 def in_order(
@@ -198,7 +211,7 @@ TRAPS += [_trap_settings(0., 'predicted', None, 'spatial'), _trap_settings(0.2, 
           *[_trap_settings(0.3, 'predicted', None, granularity) for granularity in ('element', 'spatial')],
           _trap_settings(0.3, 'predicted', ONE_BLOCK_EARLIER, 'element'), _trap_settings(0.3, 'label', None, 'channel')]
 
-# %% ../nbs/11_record.ipynb #d2e782c3
+# %% ../nbs/11_record.ipynb #385833ed
 def run_traps(
     settings: dict,  # 'layer', 'whose', 'granularity', 'rho', 'share', 'seed', 'epochs'
 ) -> dict:
@@ -206,10 +219,7 @@ def run_traps(
     s = settings
     learn = new_learner('imagenette', s['seed'])
     cb = SGDropCallback(s['rho'], s['layer'], granularity=s['granularity'], share=s['share'], **WHOSE_MASK[s['whose']])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        fit_quietly(learn, s['epochs'], cb)
-    warned = sorted({w.category.__name__ for w in caught if issubclass(w.category, SaliencyWarning)})
+    warned = fit_and_note(learn, s['epochs'], cb)
     numbers = mask_numbers(learn.model, in_order(learn.dls, 'train'), s['rho'], s['granularity'], s['layer'])
     history = [{k: round(v, 4) for k, v in row.items()} for row in cb.history]
     return dict(**valid_scores(learn), **numbers, warned=warned, watch=history)

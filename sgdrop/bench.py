@@ -200,13 +200,14 @@ def sgdrop_variant(
     ramp: float = 0.,  # part of the training over which ρ rises, in [0, 1)
     noise: float = 0.,  # see `noisy_attribution`
     blind: bool = False,  # shuffle the evidence?
-    **kwargs,  # of `SGDropCallback`
+    unmasked: float = 0.,  # weight of the loss without the mask, in [0, 1)
+    **kwargs,  # others of `SGDropCallback`
 ) -> SGDropCallback:
     "SGDrop as a JSON value describes it"
     if ramp: rho = combine_scheds([ramp, 1 - ramp], [SchedLin(0., rho), SchedNo(rho, rho)])
     if noise: kwargs['attribution'] = noisy_attribution(noise)
     if blind: kwargs['attribution'] = shuffled_attribution()
-    return SGDropCallback(rho, DEPTHS[arch][layer] if layer else None, **kwargs)
+    return SGDropCallback(rho, DEPTHS[arch][layer] if layer else None, unmasked=unmasked, **kwargs)
 
 # %% ../nbs/13_bench.ipynb #ae0a4313
 PARTS: dict[str, Callable[..., Additions]] = dict(
@@ -328,9 +329,10 @@ TRIES: dict[str, list[dict[str, dict]]] = dict(
     cutmix=[dict(cutmix=dict(alpha=alpha)) for alpha in (0.1, 0.3, 1.)],
     smoothing=[dict(smoothing=dict(eps=eps)) for eps in (0.05, 0.1, 0.2)],
     ema=[dict(ema=dict(decay=decay)) for decay in (0.98, 0.99, 0.995)],
-    image_mask=[dict(sgdrop=SEARCH_BASE | dict(layer='input', rho=rho)) for rho in (0.1, 0.2, 0.3)],
-    random=[dict(sgdrop=SEARCH_BASE | dict(blind=True, rho=rho)) for rho in (0.2, 0.3, 0.5)],
-    sgdrop=[dict(sgdrop=SEARCH_BASE | dict(fill='kept_mean', rho=rho)) for rho in (0.2, 0.3, 0.5)])
+    image_mask=[dict(sgdrop=SEARCH_BASE | dict(layer='input', rho=rho)) for rho in (0.02, 0.05, 0.1)],
+    random=[dict(sgdrop=SEARCH_BASE | dict(blind=True, fill='kept_mean', rho=rho)) for rho in (0.2, 0.3, 0.5)],
+    sgdrop=[dict(sgdrop=SEARCH_BASE | dict(fill='kept_mean') | change) for change in
+            (dict(teacher='full'), dict(unmasked=0.5, rho=0.5), dict(unmasked=0.5, fill='other'))])
 
 # %% ../nbs/13_bench.ipynb #49c8e9c3
 def tuning_plan(

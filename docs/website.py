@@ -47,7 +47,7 @@ def shown_default(o):
 def arguments(o):
     "The documented arguments of a function, or of what makes an object of a class: {name: docment, anno and default}"
     if inspect.isclass(o) and not made_here(o): return {}
-    try: found = docments(o, full=True, returns=True, eval_str=False)
+    try: found = docments(o, full=True, returns=True, eval_str=False, args_kwargs=True)
     except (TypeError, ValueError): return {}
     return {k: v for k,v in found.items() if k not in ('self', 'cls')}
 

@@ -140,7 +140,7 @@ def preserved(
             for b, s in zip(buffers, saved): b.data.copy_(s)
 
 # %% ../nbs/00_attribution.ipynb #ca5d2d2f
-GRAPH_METHODS = dict(grad_x_act=grad_x_act, gradcam=gradcam)
+GRAPH_METHODS = dict(grad_x_act=grad_x_act, gradcam=gradcam)  # name → function of (scores, z, classes)
 
 def attribution_function(
     method: str | type | Callable,  # 'grad_x_act', 'gradcam', a captum layer attribution, or a function of (psi, z, classes)

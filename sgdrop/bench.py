@@ -46,29 +46,29 @@ from .teacher import EMATeacher
 
 # %% auto #0
 __all__ = ['BENCH_DATA', 'SMALL_NETWORKS', 'DEPTHS', 'PARTS', 'EPOCHS', 'SEARCH_BASE', 'IDEAS', 'TENTH', 'TOGETHER', 'SEARCH',
-           'TRIES', 'TUNING', 'CELL', 'PAIR', 'CELLS', 'AS_PUBLISHED', 'BENCH_TABLES', 'Photographs', 'benchmark_files',
+           'TRIES', 'TUNING', 'CELL', 'PAIR', 'CELLS', 'AS_PUBLISHED', 'BENCH_TABLES', 'benchmark_files',
            'benchmark_loaders', 'benchmark_net', 'Additions', 'ErasePerImage', 'AverageWeights', 'noisy_attribution',
-           'sgdrop_variant', 'additions', 'calibration_error', 'benchmark_learner', 'scores_and_labels',
-           'evidence_area', 'step_ratio', 'run_benchmark', 'search_plan', 'tuning_plan', 'chosen', 'differences_to',
-           'by_cell', 'forest_plot', 'benchmark_methods', 'benchmark_plan', 'BenchTable', 'tuned_in', 'whole_table',
-           'reproduced', 'bench_parser', 'main']
+           'sgdrop_variant', 'additions', 'calibration_error', 'benchmark_learner', 'run_benchmark', 'search_plan',
+           'tuning_plan', 'chosen', 'differences_to', 'by_cell', 'forest_plot', 'benchmark_methods', 'benchmark_plan',
+           'tuned_in', 'whole_table', 'reproduced', 'main']
 
 # %% ../nbs/13_bench.ipynb #6d50f998
 @dataclass(frozen=True)
-class Photographs:
+class _Photographs:
     "A data set of the benchmark: where its images are, and which of them are for what"
     files: Callable[[], list[Path]]  # those that training and tuning draw from
-    label: Callable[[Path], str]
-    vocab: list[str]
+    label: Callable[[Path], str]  # the class of an image
+    vocab: list[str]  # all classes, in the order of the scores
     per_class: int  # images per class that `share` is a share of
     n_tuning: int  # tuning images per class
     test: Callable[[], list[Path]] | None = None  # a test set of its own; None for all that is left
 
 def _files_in(folder): return sorted(get_image_files(folder))
 
+# data sets of the benchmark, by name
 BENCH_DATA = dict(
-    imagenette=Photographs(lambda: _files_in(imagenette_path() / 'train'), parent_label, list(IMAGENETTE_CLASSES), 947, 500, lambda: _files_in(imagenette_path() / 'val')),
-    flowers17=Photographs(lambda: _files_in(flowers17_path()), flower_name, list(FLOWERS17_CLASSES), 80, 20))
+    imagenette=_Photographs(lambda: _files_in(imagenette_path() / 'train'), parent_label, list(IMAGENETTE_CLASSES), 947, 500, lambda: _files_in(imagenette_path() / 'val')),
+    flowers17=_Photographs(lambda: _files_in(flowers17_path()), flower_name, list(FLOWERS17_CLASSES), 80, 20))
 
 # %% ../nbs/13_bench.ipynb #50af8572
 def benchmark_files(
@@ -129,7 +129,7 @@ def _convnext(n_out):
     net = ConvNeXt([CNBlockConfig(32, 64, 1), CNBlockConfig(64, None, 2)], stochastic_depth_prob=0., layer_scale=0.1, num_classes=n_out)
     return net.features, nn.Sequential(net.avgpool, *net.classifier[:-1]), net.classifier[-1]
 
-SMALL_NETWORKS = dict(resnet=(_resnet, 5e-3), vgg=(_vgg, 3e-3), convnext=(_convnext, 3e-3))  # and the largest learning rate
+SMALL_NETWORKS = dict(resnet=(_resnet, 5e-3), vgg=(_vgg, 3e-3), convnext=(_convnext, 3e-3))  # name → maker of its three parts, and the largest learning rate
 
 def benchmark_net(
     arch: str,  # 'resnet', 'vgg' or 'convnext'
@@ -147,10 +147,10 @@ def benchmark_net(
 @dataclass
 class Additions:
     "What a method adds to plain training"
-    cbs: list[Callback] = field(default_factory=list)
-    on_map: nn.Module | None = None
-    before_scores: nn.Module | None = None
-    loss_func: Callable | None = None
+    cbs: list[Callback] = field(default_factory=list)  # of fastai's training loop
+    on_map: nn.Module | None = None  # a layer behind the last feature map
+    before_scores: nn.Module | None = None  # a layer before the last linear one
+    loss_func: Callable | None = None  # instead of cross-entropy
 
     def __or__(self, other):
         either = {name: getattr(self, name) or getattr(other, name) for name in ('on_map', 'before_scores', 'loss_func')}
@@ -182,6 +182,7 @@ class AverageWeights(Callback):
         self.average = None
 
 # %% ../nbs/13_bench.ipynb #5ab10338
+# network → name of a depth → name of the layer there
 DEPTHS = dict(resnet=dict(input='0', stem='1.0', earlier='1.2'), vgg=dict(input='0', stem='1.2', earlier='1.14'), convnext=dict(input='0', stem='1.0', earlier='1.3.0'))
 
 def noisy_attribution(
@@ -210,6 +211,7 @@ def sgdrop_variant(
     return SGDropCallback(rho, DEPTHS[arch][layer] if layer else None, unmasked=unmasked, **kwargs)
 
 # %% ../nbs/13_bench.ipynb #ae0a4313
+# name of a part of a method → its additions, from the name of the network and the part's settings
 PARTS: dict[str, Callable[..., Additions]] = dict(
     head_dropout=lambda arch, p: Additions(before_scores=nn.Dropout(p)),
     dropout2d=lambda arch, p: Additions(on_map=nn.Dropout2d(p)),
@@ -255,20 +257,20 @@ def benchmark_learner(
     return Learner(dls, net, loss_func=added.loss_func or CrossEntropyLossFlat()), added.cbs
 
 # %% ../nbs/13_bench.ipynb #e26b4671
-def scores_and_labels(
+def _scores_and_labels(
     learn: Learner,  # trained
 ) -> tuple[Tensor, Tensor]:  # N×K and N
     "Class scores on the images to look at"
     with learn.no_bar(), learn.no_logging(): return learn.get_preds(act=noop)
 
-def evidence_area(
+def _evidence_area(
     learn: Learner,  # trained
     n: int = 512,  # how many images
 ) -> float:  # in [0, 1]
     "Mean effective area of the evidence at the last feature map"
     return torch.cat([effective_area(A) for *_, A in attributed(in_order(learn.dls, n=n), learn.model)]).nanmean().item()
 
-def step_ratio(
+def _step_ratio(
     settings: dict,  # see `benchmark_learner`
     turns: int = 5,  # how often each step is timed
 ) -> float:  # median
@@ -281,17 +283,18 @@ def run_benchmark(
     settings: dict,  # 'dataset', 'share', 'arch', 'method', 'settings', 'split_seed', 'seed', 'part', 'epochs'
 ) -> dict:
     "One training and what came of it"
-    ratio = dict(step_ratio=step_ratio(settings)) if settings['part'] == 'test' else {}  # before the seeds are set
+    ratio = dict(step_ratio=_step_ratio(settings)) if settings['part'] == 'test' else {}  # before the seeds are set
     learn, cbs = benchmark_learner(settings)
     warned = fit_and_note(learn, settings['epochs'], BFloat16(), *cbs, lr=SMALL_NETWORKS[settings['arch']][1])
-    scores, y = scores_and_labels(learn)
+    scores, y = _scores_and_labels(learn)
     return dict(accuracy=(scores.argmax(1) == y).float().mean().item(), nll=nn.functional.cross_entropy(scores, y).item(),
-                calibration_error=calibration_error(scores.softmax(1), y), attribution_area=evidence_area(learn), warned=warned, **ratio)
+                calibration_error=calibration_error(scores.softmax(1), y), attribution_area=_evidence_area(learn), warned=warned, **ratio)
 
 # %% ../nbs/13_bench.ipynb #a3598aa6
 EPOCHS = {0.05: 60, 0.1: 40, 0.25: 20, 0.5: 40}  # by share of the images; the same for all methods
-SEARCH_BASE = dict(rho=0.3, granularity='spatial', share=1., teacher=None, fill='mean')
-IDEAS: dict[str, dict] = {  # what is different from the base
+SEARCH_BASE = dict(rho=0.3, granularity='spatial', share=1., teacher=None, fill='mean')  # settings of SGDrop that an idea starts from
+# name → what is different from the base
+IDEAS: dict[str, dict] = {
     'base': {},
     'zeros': dict(fill='zero'), 'mean of the kept': dict(fill='kept_mean'), 'another image': dict(fill='other'), 'mean size kept': dict(fill='scaled'),
     'ρ = 0.1': dict(rho=0.1), 'ρ = 0.5': dict(rho=0.5), 'ρ = 0.8': dict(rho=0.8), 'ρ rises': dict(ramp=0.5), 'starts late': dict(start=0.5),
@@ -313,13 +316,15 @@ def search_plan(
             for seed in seeds for name, parts in methods.items() for dataset, share, arch in cells]
 
 # %% ../nbs/13_bench.ipynb #14981951
-TENTH = [('imagenette', 0.1, 'resnet'), ('imagenette', 0.1, 'vgg')]
+TENTH = [('imagenette', 0.1, 'resnet'), ('imagenette', 0.1, 'vgg')]  # cells of search and tuning: (dataset, share, arch)
+# name → what is different from the base, for ideas that did well and pairs of them
 TOGETHER: dict[str, dict] = {name: IDEAS[name] for name in ('base', 'both losses', 'full teacher', 'starts late', 'mean of the kept')} | {
     'both, full teacher': dict(unmasked=0.5, teacher='full'), 'both, another image': dict(unmasked=0.5, fill='other'),
     'both, half, mean of the kept': dict(unmasked=0.5, rho=0.5, fill='kept_mean'), 'full, half': dict(teacher='full', rho=0.5)}
-SEARCH = search_plan(IDEAS, TENTH, [0]) + search_plan(TOGETHER, TENTH, [1])
+SEARCH = search_plan(IDEAS, TENTH, [0]) + search_plan(TOGETHER, TENTH, [1])  # settings of each run
 
 # %% ../nbs/13_bench.ipynb #628e82c6
+# method → its tries, each as the parts of `additions`
 TRIES: dict[str, list[dict[str, dict]]] = dict(
     head_dropout=[dict(head_dropout=dict(p=p)) for p in (0.2, 0.5, 0.7)],
     dropout2d=[dict(dropout2d=dict(p=p)) for p in (0.1, 0.2, 0.4)],
@@ -344,7 +349,7 @@ def tuning_plan(
     return [dict(dataset=dataset, share=share, arch=arch, method=method, settings=parts, split_seed=seed, seed=seed, part='tuning', epochs=EPOCHS[share])
             for seed in seeds for method, some in tries.items() for parts in some for dataset, share, arch in cells]
 
-TUNING = tuning_plan(TRIES, TENTH, [50])
+TUNING = tuning_plan(TRIES, TENTH, [50])  # settings of each run
 
 def chosen(
     rows: pd.DataFrame,  # of a tuning plan
@@ -355,7 +360,8 @@ def chosen(
     return {method: json.loads(parts) for method, parts in zip(best.method, best.parts)}
 
 # %% ../nbs/13_bench.ipynb #4bd10f0f
-CELL, PAIR = ['dataset', 'share', 'arch'], ['dataset', 'share', 'arch', 'split_seed', 'seed']
+CELL = ['dataset', 'share', 'arch']  # columns that name a cell
+PAIR = [*CELL, 'split_seed', 'seed']  # columns in which two runs agree that make a pair
 
 def differences_to(
     rows: pd.DataFrame,  # a run each
@@ -398,8 +404,10 @@ def forest_plot(
     return ax
 
 # %% ../nbs/13_bench.ipynb #a6d878ca
+# cells of the reported runs: (dataset, share, arch)
 CELLS = [('imagenette', 0.1, 'resnet'), ('flowers17', 0.5, 'resnet'), ('imagenette', 0.1, 'vgg'), ('imagenette', 0.1, 'convnext'),
          ('flowers17', 0.5, 'vgg'), ('flowers17', 0.5, 'convnext'), ('imagenette', 0.05, 'resnet'), ('imagenette', 0.25, 'resnet')]
+# the paper's SGDrop, as the parts of `additions`
 AS_PUBLISHED = dict(sgdrop=dict(rho=0.1, granularity='element', share=1., teacher='full', ema=0.99, fill='zero', unmasked=0.))
 
 def benchmark_methods(
@@ -419,7 +427,7 @@ def benchmark_plan(
 
 # %% ../nbs/13_bench.ipynb #95fac8e4
 @dataclass(frozen=True)
-class BenchTable:
+class _BenchTable:
     "A table of the benchmark: its runs, and how long they take"
     plan: Callable[[Path], list[dict]]  # of the folder of tables
     hours: float  # about, for two processes on two cores
@@ -430,8 +438,9 @@ def tuned_in(
     "The settings that the tuning chose"
     return chosen(whole_table('tuning', folder))
 
-BENCH_TABLES = dict(search=BenchTable(lambda folder: SEARCH, 0.7), tuning=BenchTable(lambda folder: TUNING, 0.8),
-                    benchmark=BenchTable(lambda folder: benchmark_plan(tuned_in(folder)), 6))
+# tables by name
+BENCH_TABLES = dict(search=_BenchTable(lambda folder: SEARCH, 0.7), tuning=_BenchTable(lambda folder: TUNING, 0.8),
+                    benchmark=_BenchTable(lambda folder: benchmark_plan(tuned_in(folder)), 6))
 
 def whole_table(
     name: str,  # 'search', 'tuning' or 'benchmark'
@@ -454,7 +463,7 @@ def reproduced(
     return rows[['method', 'accuracy']].assign(again=again)
 
 # %% ../nbs/13_bench.ipynb #1a4dc71e
-def bench_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     "The options of `sgdrop-bench`"
     about = '; '.join(f'{name}, about {t.hours:g} hours' for name, t in BENCH_TABLES.items())
     p = OneLineParser('sgdrop-bench', description=f'Make a table of the benchmark: {about} (two processes on two cores). Goes on where it was stopped.')
@@ -467,7 +476,7 @@ def main(
     argv: list[str] | None = None,  # the command line; None for the real one
 ) -> int:  # exit status
     "The command `sgdrop-bench`"
-    args = bench_parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     torch.set_num_threads(1)
     try:
         imagenette_path(), flowers17_path()

@@ -294,7 +294,9 @@ class LeakWarning(SaliencyWarning): "The network reads the class off the pattern
 class StarvationWarning(SaliencyWarning): "The mask takes nearly all evidence for the class away"
 class NoEffectWarning(SaliencyWarning): "SGDrop dropped nothing"
 
-LEAK_GAP, STARVING, ENOUGH_IMAGES = 0.15, 0.04, 256
+LEAK_GAP = 0.15  # accuracy under the mask minus accuracy without it, beyond which a training leaks
+STARVING = 0.04  # share of the evidence kept, below which a training starves
+ENOUGH_IMAGES = 256  # masked images that a judgement needs
 
 def traps(
     report: dict[str, float],  # accuracy 'under_mask' and 'without', evidence 'kept': means over masked images

@@ -19,8 +19,8 @@ from scipy import stats
 from . import __version__
 
 # %% auto #0
-__all__ = ['POLL_SECONDS', 'settings_key', 'read_rows', 'append_row', 'run_plan', 'paired_difference', 'finished_rows',
-           'paired_table', 'format_difference']
+__all__ = ['settings_key', 'read_rows', 'append_row', 'run_plan', 'paired_difference', 'finished_rows', 'paired_table',
+           'format_difference']
 
 # %% ../nbs/08_compare.ipynb #17b3e3b8
 def settings_key(
@@ -182,7 +182,7 @@ def _run_if_free(
         return ours
 
 # %% ../nbs/08_compare.ipynb #7044bc03
-POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5  # between two looks at runs that are done elsewhere
 
 def _rows_as_finished(
     keyed: dict[str, dict],  # key → settings
@@ -196,7 +196,7 @@ def _rows_as_finished(
         finished = [key for key in missing if key in rows]
         for key in finished: missing.pop(key); yield key, rows[key]
         if not finished and not any(_run_if_free(key, settings, run, path) for key, settings in missing.items()):
-            time.sleep(POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
 # %% ../nbs/08_compare.ipynb #8b456e2f
 def _remove_claims(

@@ -33,10 +33,10 @@ from .split import evaluating, find_layer, split_model
 from .teacher import fast_dtype, teacher_map
 
 # %% auto #0
-__all__ = ['ALL_MASKED', 'VARIANTS', 'NETWORKS', 'seconds_of', 'take_turns', 'ratios', 'peak_memory', 'step_learner',
-           'training_step', 'WholeModelMask', 'captum_saliency', 'grad_cam_class', 'grad_cam_saliency',
-           'input_saliency', 'variant_steps', 'part_steps', 'n_bytes', 'resting_memory', 'mask_agreement', 'hardware',
-           'measured', 'cost_table', 'parts_table', 'cost_plan', 'run_cost', 'cost_parser', 'main']
+__all__ = ['ALL_MASKED', 'VARIANTS', 'seconds_of', 'take_turns', 'ratios', 'peak_memory', 'step_learner', 'training_step',
+           'WholeModelMask', 'captum_saliency', 'grad_cam_class', 'grad_cam_saliency', 'input_saliency',
+           'variant_steps', 'part_steps', 'n_bytes', 'resting_memory', 'mask_agreement', 'hardware', 'measured',
+           'cost_table', 'parts_table', 'cost_plan', 'run_cost', 'main']
 
 # %% ../nbs/12_cost.ipynb #1b59719e
 def seconds_of(
@@ -188,7 +188,8 @@ def input_saliency(
     return attribute(model, x)
 
 # %% ../nbs/12_cost.ipynb #0a924dd6
-ALL_MASKED = dict(rho=0.2, granularity='element', share=1., fill='zero', unmasked=0.)
+ALL_MASKED = dict(rho=0.2, granularity='element', share=1., fill='zero', unmasked=0.)  # settings of SGDrop in all variants
+# name → maker of the callback that is added to plain training; None for none
 VARIANTS: dict[str, Callable[[], Callback | None]] = {
     'plain': lambda: None,
     'own ψ': lambda: SGDropCallback(teacher=None, **ALL_MASKED),
@@ -305,14 +306,14 @@ def parts_table(
     return pd.DataFrame(shares).T.rename_axis(['network', 'size'])
 
 # %% ../nbs/12_cost.ipynb #447a8718
-NETWORKS = dict(resnet18=15, convnext_tiny=5, vgg11_bn=3)  # torchvision's name → turns on a processor
+_NETWORKS = dict(resnet18=15, convnext_tiny=5, vgg11_bn=3)  # torchvision's name → turns on a processor
 
 def cost_plan(
     device: str = 'cpu',  # 'cpu' or 'cuda'
 ) -> list[dict]:
     "What `sgdrop-cost` measures"
     of = lambda turns: dict(batch=8, turns=turns) if device == 'cpu' else dict(batch=64, turns=31)
-    return [dict(network=network, size=size, device=device, **of(turns)) for size in (96, 160) for network, turns in NETWORKS.items()]
+    return [dict(network=network, size=size, device=device, **of(turns)) for size in (96, 160) for network, turns in _NETWORKS.items()]
 
 def run_cost(
     settings: dict,  # 'network', 'size', 'device', 'batch', 'turns'
@@ -324,7 +325,7 @@ def run_cost(
     return measured(net, s['size'], s['batch'], s['turns'], s['device'])
 
 # %% ../nbs/12_cost.ipynb #0f32f157
-def cost_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     "The options of `sgdrop-cost`"
     p = OneLineParser('sgdrop-cost', description='Time and memory of a training step with SGDrop and its rivals, as ratios to the plain step '
                       '(a quarter of an hour on one core). Goes on where it was stopped.')
@@ -336,7 +337,7 @@ def main(
     argv: list[str] | None = None,  # the command line; None for the real one
 ) -> int:  # exit status
     "The command `sgdrop-cost`"
-    args = cost_parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available(): return complain('sgdrop-cost', 'PyTorch finds no GPU here, as --device cuda needs', 1)
     torch.set_num_threads(1)
     path = args.out / 'cost.jsonl'

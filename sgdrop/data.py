@@ -19,9 +19,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['CUES', 'IMAGENETTE_CLASSES', 'FLOWERS17', 'FLOWERS17_CLASSES', 'noisy_digits', 'cue_regions', 'cue_colours',
-           'with_cue', 'shortcut_digits', 'few_per_class', 'imagenette_path', 'imagenette', 'flowers17_path',
-           'flower_name', 'flowers17']
+__all__ = ['CUES', 'IMAGENETTE_CLASSES', 'FLOWERS17_CLASSES', 'noisy_digits', 'cue_regions', 'cue_colours', 'with_cue',
+           'shortcut_digits', 'few_per_class', 'imagenette_path', 'imagenette', 'flowers17_path', 'flower_name',
+           'flowers17']
 
 # %% ../nbs/07_data.ipynb #06f655ff
 def noisy_digits(
@@ -56,7 +56,7 @@ def cue_colours() -> Tensor:  # 10×3, red, green and blue from 0 to 1
     return torch.tensor([colorsys.hsv_to_rgb(digit / 10, 1, 1) for digit in range(10)])
 
 # %% ../nbs/07_data.ipynb #9ae1fa5a
-CUES = 'present', 'absent', 'misleading'
+CUES = 'present', 'absent', 'misleading'  # ways to treat the cue
 
 def with_cue(
     x: Tensor,  # images, N×3×H×W
@@ -116,6 +116,7 @@ def few_per_class(
     return [i for found in by_class.values() for i in found[:n]]
 
 # %% ../nbs/07_data.ipynb #02ad45b4
+# folder → what its photographs show
 IMAGENETTE_CLASSES = dict(n01440764='tench', n02102040='English springer', n02979186='cassette player', n03000684='chain saw', n03028079='church',
                           n03394916='French horn', n03417042='garbage truck', n03425413='gas pump', n03445777='golf ball', n03888257='parachute')
 
@@ -147,7 +148,8 @@ def imagenette(
     return _photographs(train, valid, lambda f: IMAGENETTE_CLASSES[parent_label(f)], size, bs, **kwargs)
 
 # %% ../nbs/07_data.ipynb #a3b903b6
-FLOWERS17 = 'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz'
+_FLOWERS17_URL = 'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz'
+# in the order of the files, 80 each
 FLOWERS17_CLASSES = ('daffodil', 'snowdrop', 'lily of the valley', 'bluebell', 'crocus', 'iris', 'tigerlily', 'tulip', 'fritillary',
                      'sunflower', 'daisy', 'coltsfoot', 'dandelion', 'cowslip', 'buttercup', 'windflower', 'pansy')
 
@@ -155,7 +157,7 @@ def flowers17_path() -> Path:  # folder with the 1,360 images
     "Where Flowers17 is, downloading it if need be"
     home = fastai_cfg().path('data') / 'flowers17'
     if home.exists(): return home
-    try: return untar_data(FLOWERS17)
+    try: return untar_data(_FLOWERS17_URL)
     except OSError as e: raise FileNotFoundError(f'Flowers17 is not on this machine and could not be downloaded ({e}); its folder belongs at {home}') from e
 
 def flower_name(

@@ -34,11 +34,12 @@ from .data import imagenette, imagenette_path, shortcut_digits
 from .focus import attribution_ratio, evidence_map, model_attribution, region_share, show_evidence, spread_over, viewable
 
 # %% auto #0
-__all__ = ['METHODS', 'DATA', 'NAMES', 'small_resnet', 'measure_digits', 'measure_photographs', 'DemoData', 'EpochTimer', 'train',
-           'run_seed', 'run_demo', 'demo_table', 'plot_demo', 'check_folder', 'write_whole', 'save_demo',
-           'OneLineParser', 'complain', 'demo_parser', 'main']
+__all__ = ['METHODS', 'DATA', 'small_resnet', 'measure_digits', 'measure_photographs', 'EpochTimer', 'train', 'run_seed',
+           'run_demo', 'demo_table', 'plot_demo', 'check_folder', 'write_whole', 'save_demo', 'OneLineParser',
+           'complain', 'main']
 
 # %% ../nbs/09_demo.ipynb #ca9bcffa
+# name → maker of the callback that is added to plain training; None for none
 METHODS: dict[str, Callable] = dict(
     plain=lambda: None,
     random=lambda: SGDropCallback(attribution=shuffled_attribution()),  # the same settings, but blind
@@ -76,27 +77,31 @@ def measure_photographs(
 
 # %% ../nbs/09_demo.ipynb #86afba3b
 @dataclass
-class DemoData:
+class _DemoData:
     "A data set of the demo, and how to train and measure on it"
     loaders: Callable[..., DataLoaders]  # of a seed
     stages: tuple  # of `small_resnet`
-    epochs: int
-    measure: Callable[[Learner], dict]
+    epochs: int  # unless told otherwise
+    measure: Callable[[Learner], dict]  # what is measured at the end, by name
     columns: dict[str, str]  # name of a measure → heading of the table
     ready: Callable = noop  # raises where the set cannot be had
-    lr: float = 5e-3
+    lr: float = 5e-3  # the largest of the one-cycle schedule
 
+# data sets of the demo, by name
 DATA = dict(
-    digits=DemoData(shortcut_digits, ((16, 1), (32, 2), (64, 1)), 8, measure_digits, dict(
+    digits=_DemoData(shortcut_digits, ((16, 1), (32, 2), (64, 1)), 8, measure_digits, dict(
         acc_present='cue present', acc_absent='cue absent', acc_misleading='cue misleading',
         cue_share='evidence on cue', epoch_ratio='time per epoch')),
-    imagenette=DemoData(partial(imagenette, num_workers=0), ((32, 2), (64, 2), (128, 2)), 40, measure_photographs, dict(
+    imagenette=_DemoData(partial(imagenette, num_workers=0), ((32, 2), (64, 2), (128, 2)), 40, measure_photographs, dict(
         acc_valid='accuracy', nll_valid='loss (NLL)', attribution_ratio='attribution ratio', epoch_ratio='time per epoch'), imagenette_path))
 
 # %% ../nbs/09_demo.ipynb #56634de6
 class EpochTimer(Callback):
     "Notes the seconds each training epoch takes, calls `tick` after it, and skips validation"
-    def __init__(self, tick: Callable = noop): self.tick, self.seconds = tick, []
+    def __init__(self,
+        tick: Callable = noop,  # called after each epoch
+    ): self.tick, self.seconds = tick, []
+
     def before_fit(self): self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     def before_train(self): self.began = self.clock()
     def after_train(self):
@@ -232,13 +237,13 @@ def plot_demo(
     return fig
 
 # %% ../nbs/09_demo.ipynb #e9efe59a
-NAMES = dict(plain='Plain', random='Random mask', sgdrop='SGDrop')
+_NAMES = dict(plain='Plain', random='Random mask', sgdrop='SGDrop')
 
 def _row_texts(records, data):
     "What stands beside each network's pictures"
     means = pd.DataFrame(records).groupby('method', sort=False).mean()
     accuracies = {c: h for c, h in DATA[data].columns.items() if c.startswith('acc')}
-    return ['\n'.join([NAMES[m], *[f'{heading}: {means.loc[m, c]:.1%}' for c, heading in accuracies.items()]]) for m in means.index]
+    return ['\n'.join([_NAMES[m], *[f'{heading}: {means.loc[m, c]:.1%}' for c, heading in accuracies.items()]]) for m in means.index]
 
 # %% ../nbs/09_demo.ipynb #debce36d
 def check_folder(
@@ -291,7 +296,7 @@ def _positive(text):
     if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f'expected a whole number from 1, got {text!r}')
     return int(text)
 
-def demo_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     "The options of `sgdrop-demo`"
     p = OneLineParser('sgdrop-demo', description='Train three networks on one shortcut, and show what each of them looks at.')
     p.add_argument('--data', choices=list(DATA), default='digits',
@@ -307,7 +312,7 @@ def main(
     argv: list[str] | None = None,  # the command line; None for the real one
 ) -> int:  # exit status
     "The command `sgdrop-demo`"
-    args = demo_parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         check_folder(args.out)
         DATA[args.data].ready()

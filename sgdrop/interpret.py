@@ -20,7 +20,7 @@ from .attribution import target_classes
 from .focus import as_in_validation, attributed, attribution_ratio, deletion_curve, effective_area, evenly, evidence_map, gini, show_evidence, viewable
 
 # %% auto #0
-__all__ = ['WHICH', 'class_names', 'image_rows', 'AttributionInterpretation', 'common_scale', 'disagreement']
+__all__ = ['class_names', 'image_rows', 'AttributionInterpretation', 'common_scale', 'disagreement']
 
 # %% ../nbs/06_interpret.ipynb #f129c2a8
 def class_names(
@@ -85,7 +85,8 @@ def _noted(learn, xb, y, scores, A):
     return image_rows(y, scores, A, getattr(learn.dls, 'vocab', None)), losses.detach().cpu().as_subclass(Tensor), A.sum(1, keepdim=True).cpu()
 
 # %% ../nbs/06_interpret.ipynb #516443bb
-WHICH = dict(focused=('effective_area', True), spread=('effective_area', False), top_losses=('loss', False))
+# name → column of `images`, and whether the smallest come first
+_WHICH = dict(focused=('effective_area', True), spread=('effective_area', False), top_losses=('loss', False))
 
 @patch
 def chosen(self: AttributionInterpretation,
@@ -94,8 +95,8 @@ def chosen(self: AttributionInterpretation,
 ) -> list[int]:  # numbers of images
     "The images with the smallest or largest effective area or the largest loss"
     if isinstance(which, str):
-        if which not in WHICH: raise ValueError(f'which must be one of {", ".join(map(repr, WHICH))} or a list of image numbers, got {which!r}')
-        column, ascending = WHICH[which]
+        if which not in _WHICH: raise ValueError(f'which must be one of {", ".join(map(repr, _WHICH))} or a list of image numbers, got {which!r}')
+        column, ascending = _WHICH[which]
         return self.images.sort_values(column, ascending=ascending, kind='stable').index[:k].tolist()
     numbers = [int(i) for i in which]
     outside = [i for i in numbers if not 0 <= i < len(self)]

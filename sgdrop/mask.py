@@ -142,7 +142,7 @@ def scaled_fill(
     return kept * torch.where(after > 0, before / after, 1)
 
 # %% ../nbs/01_mask.ipynb #8215cad9
-FILLS = dict(zero=zero_fill, mean=mean_fill, kept_mean=kept_mean_fill, other=other_fill, scaled=scaled_fill)
+FILLS = dict(zero=zero_fill, mean=mean_fill, kept_mean=kept_mean_fill, other=other_fill, scaled=scaled_fill)  # name → function of (z, M)
 
 def fill_function(
     fill: str | Callable,  # 'zero', 'mean', 'kept_mean', 'other', 'scaled', or a function of (z, M)

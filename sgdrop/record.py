@@ -35,11 +35,11 @@ from .split import evaluating, split_model
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'ONE_BLOCK_EARLIER', 'OVERFOCUSING', 'CHANGES', 'WHOSE_MASK', 'TRAPS', 'TRANSFER', 'RECORDINGS',
            'recorded_net', 'SkipValidation', 'BFloat16', 'new_learner', 'fit_quietly', 'valid_scores', 'fit_and_note',
-           'in_order', 'focus_recorders', 'run_overfocusing', 'run_changes', 'focus_measures', 'mask_numbers',
-           'run_traps', 'run_transfer', 'Recording', 'recorded', 'recording_parser', 'main']
+           'in_order', 'run_overfocusing', 'run_changes', 'focus_measures', 'mask_numbers', 'run_traps', 'run_transfer',
+           'recorded', 'main']
 
 # %% ../nbs/11_record.ipynb #20efa632
-PHOTOGRAPHS: dict[str, Callable[..., DataLoaders]] = dict(imagenette=imagenette, flowers17=flowers17)
+PHOTOGRAPHS: dict[str, Callable[..., DataLoaders]] = dict(imagenette=imagenette, flowers17=flowers17)  # name → maker of loaders
 
 def recorded_net(
     n_out: int,  # number of classes
@@ -118,9 +118,9 @@ def in_order(
 
 # %% ../nbs/11_record.ipynb #e04f588d
 ONE_BLOCK_EARLIER = '2'  # the name of a layer of `recorded_net`
-OVERFOCUSING = [dict(method=method, seed=seed, epochs=60) for seed in range(2) for method in ('plain', 'sgdrop')]
+OVERFOCUSING = [dict(method=method, seed=seed, epochs=60) for seed in range(2) for method in ('plain', 'sgdrop')]  # settings of each run
 
-def focus_recorders() -> dict[str, FocusRecorder]:
+def _focus_recorders() -> dict[str, FocusRecorder]:
     "What is followed from epoch to epoch, by the prefix of its columns"
     ratios = {f'ratio_above_{t}': partial(attribution_ratio, threshold=t) for t in (0.1, 0.5)}
     new = partial(FocusRecorder, n_images=300, n_maps=20, augmented=True)
@@ -130,7 +130,7 @@ def run_overfocusing(
     settings: dict,  # 'method', 'seed', 'epochs'
 ) -> dict:
     "One training, followed from epoch to epoch"
-    learn, recorders = new_learner('imagenette', settings['seed']), focus_recorders()
+    learn, recorders = new_learner('imagenette', settings['seed']), _focus_recorders()
     fit_quietly(learn, settings['epochs'], METHODS[settings['method']](), *recorders.values())
     rows = zip(*[[{prefix + k: round(v, 4) for k, v in row.items()} for row in r.history] for prefix, r in recorders.items()])
     shared = [f'{prefix}{k}' for prefix in list(recorders)[1:] for k in ('epoch', 'generalization_gap', 'train_accuracy', 'valid_accuracy')]
@@ -147,6 +147,7 @@ def _kept_maps(recorders, learn):
     return dict(images=[f'{f.parent.name}/{f.name}' for f in files], **maps)
 
 # %% ../nbs/11_record.ipynb #b063c5c4
+# settings of each run
 CHANGES = [dict(dataset=dataset, method=method, seed=seed, epochs=30)
            for seed in range(5) for dataset in PHOTOGRAPHS for method in ('plain', 'sgdrop')]
 
@@ -200,11 +201,13 @@ def mask_numbers(
     return dict(zip(('under_mask', 'without', 'follows_wrong'), torch.cat(rows, 1).float().mean(1).tolist()))
 
 # %% ../nbs/11_record.ipynb #f489d461
+# whose evidence the mask takes → settings of the callback
 WHOSE_MASK = dict(label=dict(target='label', teacher=None), predicted=dict(target='predicted', teacher='head'))
 
 def _trap_settings(rho, whose, layer, granularity, share=1.):
     return dict(layer=layer, whose=whose, granularity=granularity, rho=rho, share=share, seed=0, epochs=40)
 
+# settings of each run
 TRAPS = [_trap_settings(0.1, *rest) for rest in product(WHOSE_MASK, (None, ONE_BLOCK_EARLIER), ('element', 'spatial'))]
 TRAPS += [_trap_settings(0.3, 'label', *rest) for rest in product((None, ONE_BLOCK_EARLIER), ('element', 'spatial'))]
 TRAPS += [_trap_settings(0., 'predicted', None, 'spatial'), _trap_settings(0.2, 'predicted', None, 'spatial', share=0.5),  # plain, and the defaults
@@ -225,6 +228,7 @@ def run_traps(
     return dict(**valid_scores(learn), **numbers, warned=warned, watch=history)
 
 # %% ../nbs/11_record.ipynb #bd628e86
+# settings of each run
 TRANSFER = [dict(pretraining=first, seed=seed, epochs=15, n_per_class=200) for seed in range(3) for first in ('none', 'plain', 'sgdrop')]
 
 def run_transfer(
@@ -249,17 +253,18 @@ def _continue(learn, epochs, cb, fresh):
 
 # %% ../nbs/11_record.ipynb #2fc39405
 @dataclass(frozen=True)
-class Recording:
+class _Recording:
     "A table of the tutorials: its runs, and how to make one"
-    plan: list[dict]
-    run: Callable[[dict], dict]
+    plan: list[dict]  # settings of each run
+    run: Callable[[dict], dict]  # from settings to results
     minutes: int  # about, on one core
     needs: tuple[Callable, ...] = (imagenette_path,)  # raise where a set cannot be had
 
+# tables by name
 RECORDINGS = dict(
-    overfocusing=Recording(OVERFOCUSING, run_overfocusing, 25), traps=Recording(TRAPS, run_traps, 40),
-    changes=Recording(CHANGES, run_changes, 25, (imagenette_path, flowers17_path)),
-    transfer=Recording(TRANSFER, run_transfer, 15, (imagenette_path, flowers17_path)))
+    overfocusing=_Recording(OVERFOCUSING, run_overfocusing, 25), traps=_Recording(TRAPS, run_traps, 40),
+    changes=_Recording(CHANGES, run_changes, 25, (imagenette_path, flowers17_path)),
+    transfer=_Recording(TRANSFER, run_transfer, 15, (imagenette_path, flowers17_path)))
 
 # %% ../nbs/11_record.ipynb #a023eeb0
 def recorded(
@@ -271,7 +276,7 @@ def recorded(
     return finished_rows(RECORDINGS[name].plan, Path(folder) / f'{name}.jsonl', f'sgdrop-record {name}')
 
 # %% ../nbs/11_record.ipynb #6d897a72
-def recording_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     "The options of `sgdrop-record`"
     about = '; '.join(f'{name}, {len(r.plan)} runs, about {r.minutes} minutes' for name, r in RECORDINGS.items())
     p = OneLineParser('sgdrop-record', description=f'Make a table that a tutorial reads: {about} (on one core). Goes on where it was stopped.')
@@ -283,7 +288,7 @@ def main(
     argv: list[str] | None = None,  # the command line; None for the real one
 ) -> int:  # exit status
     "The command `sgdrop-record`"
-    args = recording_parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     recording, path = RECORDINGS[args.name], args.out / f'{args.name}.jsonl'
     torch.set_num_threads(1)
     try:

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from .attribution import main_output, preserved
 
 # %% auto #0
-__all__ = ['PASSES_ON', 'evaluating', 'unwrapped', 'example_input', 'run_order', 'feature_maps', 'find_layer', 'layer_name',
-           'checked_layer', 'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'ReplayedHead', 'ReplayedTail',
-           'is_exact', 'split_model']
+__all__ = ['evaluating', 'unwrapped', 'example_input', 'run_order', 'feature_maps', 'find_layer', 'layer_name', 'checked_layer',
+           'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'ReplayedHead', 'ReplayedTail', 'is_exact',
+           'split_model']
 
 # %% ../nbs/02_split.ipynb #cfe8e522
 @contextmanager
@@ -29,7 +29,9 @@ def _modes_kept(model):
 
 # %% ../nbs/02_split.ipynb #d6d5f434
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:  # `model` in evaluation mode, without gradients
+def evaluating(
+    model: nn.Module,  # a network, in whatever mode
+) -> Iterator[nn.Module]:  # the same, in evaluation mode and without gradients
     "Run `model` in evaluation mode, then put every module back into the mode it was in"
     device = next((p.device for p in model.parameters()), 'cpu')
     with torch.no_grad(), preserved(model, device), _modes_kept(model): yield model.eval()
@@ -75,13 +77,14 @@ def run_order(
     return shapes
 
 # %% ../nbs/02_split.ipynb #7e72d78e
-PASSES_ON = ('pool', 'dropout', 'identity', 'pad', 'flatten', 'droppath', 'stochasticdepth')
+# parts of the names of module types
+_PASSES_ON = ('pool', 'dropout', 'identity', 'pad', 'flatten', 'droppath', 'stochasticdepth')
 
 def _maps_among(shapes, model):
     "Those of the modules in `shapes` that make a feature map of more than one position"
     kind = {name: type(m).__name__.lower() for name, m in model.named_modules()}
     return {name: tuple(s[1:]) for name, s in shapes.items()
-            if len(s) == 4 and s[2] * s[3] > 1 and not any(word in kind[name] for word in PASSES_ON)}
+            if len(s) == 4 and s[2] * s[3] > 1 and not any(word in kind[name] for word in _PASSES_ON)}
 
 def feature_maps(
     model: nn.Module,  # a network for images
@@ -246,7 +249,13 @@ def _hooked(module, hook):
 
 class ReplayedHead(nn.Module):
     "φ of a network that cannot be cut: a full pass that returns what the layer put out, and remembers the input"
-    def __init__(self, model, layer): super().__init__(); self.model, self.layer, self.inputs = model, layer, None
+    def __init__(self,
+        model: nn.Module,  # the whole network
+        layer: str,  # name of the layer whose output to return
+    ):
+        super().__init__()
+        self.model, self.layer, self.inputs = model, layer, None
+
     def forward(self, *xb):
         self.inputs, seen = xb, []
         with _hooked(self.model.get_submodule(self.layer), lambda m, i, out: seen.append(out)): self.model(*xb)
@@ -256,7 +265,11 @@ class ReplayedHead(nn.Module):
 class ReplayedTail(nn.Module):
     "ψ of a network that cannot be cut: a second full pass on the same input, with `z` in place of the layer's output"
     needs_images = True
-    def __init__(self, head): super().__init__(); self.head = head
+    def __init__(self,
+        head: ReplayedHead,  # φ, which remembers the input
+    ):
+        super().__init__()
+        self.head = head
 
     def forward(self, z, images=None):  # `images` says which of the inputs each row of `z` belongs to; None for one after the other
         inputs, model = self.head.inputs, self.head.model

@@ -7,9 +7,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
-from torch import nn
 
-from networks import images
+from networks import images, small_network
 
 # the same examples at every run, and no folder of found ones left behind
 hypothesis.settings.register_profile('sgdrop', max_examples=150, deadline=None, derandomize=True, database=None)
@@ -20,16 +19,10 @@ hypothesis.settings.load_profile('sgdrop')
 def seeded(): torch.manual_seed(0)
 
 
-def conv(n_in, n_out): return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
-
-
 @pytest.fixture
 def small_net():
-    "A function that makes a small network of four classes, always with the same weights; its last feature map is '1'"
-    def make():
-        torch.manual_seed(0)
-        return nn.Sequential(conv(3, 8), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 4))
-    return make
+    "A function that makes the small network"
+    return small_network
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_the_run_of_a_process_that_dies_is_taken_over(workers):
 
 
 def test_many_at_once_on_overlapping_plans(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, 'POLL_SECONDS', 0.01)
+    monkeypatch.setattr(compare, '_POLL_SECONDS', 0.01)
     path, started, failed = tmp_path / 'rows.jsonl', [], []
 
     def run(settings):

@@ -5,10 +5,9 @@ import re
 import sys
 
 import pytest
+from fastcore.docments import docments
 
 from site_tools import ROOT, website
-
-pytestmark = pytest.mark.skip(reason='issue 5: constants, arguments and examples that are still missing are being written')
 
 modules = website.modules()
 names = [(m, n) for m in modules for n in getattr(m, '__all__', [])]
@@ -23,7 +22,8 @@ def code_cells(notebook):
 def defines(source, name):
     "Is `name` made in this code?"
     if not re.search(r'^#\| *exports?', source, re.M): return False
-    made = lambda node: [getattr(node, 'name', None), *[getattr(t, 'id', None) for t in getattr(node, 'targets', [getattr(node, 'target', None)])]]
+    targets = lambda node: [t for t in [*getattr(node, 'targets', []), getattr(node, 'target', None)] if t]
+    made = lambda node: {getattr(node, 'name', None), *[o.id for t in targets(node) for o in ast.walk(t) if isinstance(o, ast.Name)]}
     return any(name in made(node) for node in ast.parse(source).body)
 
 
@@ -35,7 +35,8 @@ def test_docstring(module, name): assert website.docstring(getattr(module, name)
 def test_arguments(module, name):
     o = getattr(module, name)
     if website.role(o) == 'data': return
-    silent = [k for k, v in website.arguments(o).items() if k != 'return' and not isinstance(v.docment, str)]
+    described = docments(o, args_kwargs=True)  # those of `**kwargs`, too
+    silent = [k for k in website.arguments(o) if k != 'return' and not isinstance(described[k], str)]
     assert not silent, f'no description of {", ".join(silent)}'
 
 

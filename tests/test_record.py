@@ -103,7 +103,7 @@ def test_an_interruption_is_told_and_keeps_what_is_done(monkeypatch, tmp_path, c
     def run(settings):
         if settings['n'] == 2: raise KeyboardInterrupt
         return dict(accuracy=0.5)
-    monkeypatch.setitem(RECORDINGS, 'traps', record.Recording([dict(n=n) for n in range(4)], run, 1, ()))
+    monkeypatch.setitem(RECORDINGS, 'traps', record._Recording([dict(n=n) for n in range(4)], run, 1, ()))
     assert main(['traps', '--out', str(tmp_path)]) == 130
     assert 'interrupted' in capsys.readouterr().err
     assert [row['n'] for row in read_rows(tmp_path / 'traps.jsonl')] == [0, 1]

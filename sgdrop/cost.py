@@ -230,7 +230,7 @@ def part_steps(
         with preserved(psi, z.device): return torch.autograd.grad(psi(leaf.clone()).max(1).values.sum(), leaf)
     def forward():
         with evaluating(net): return net(x)
-    return {'ψ': through_psi, 'forward': forward, 'φ′': lambda: teacher_map(full.teacher_halves[0], x), 'update': lambda: full.ema_teacher.update(net),
+    return {'ψ': through_psi, 'forward': forward, 'φ′': lambda: teacher_map(full.teacher_halves[0][0], x), 'update': lambda: full.ema_teacher.update(net),
             'mask': lambda: saliency_mask(A, rho), 'quantile': lambda: rows <= torch.quantile(rows, 1 - rho, dim=1, keepdim=True),
             'sort': lambda: rows <= rows.sort(1).values[:, last_kept, None]}
 
@@ -253,7 +253,7 @@ def mask_agreement(
     x: Tensor,  # images
 ) -> float:  # share of the elements on which they decide alike
     "A full teacher's mask, against the one in float32"
-    phi, psi = cb.teacher_halves
+    phi, psi = cb.teacher_halves[0]
     fast, exact = (saliency_mask(attribute(psi, teacher_map(phi, x, dtype=dtype)), 0.2) for dtype in (None, torch.float32))
     return (fast == exact).float().mean().item()
 

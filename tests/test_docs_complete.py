@@ -2,10 +2,8 @@
 import ast
 import json
 import re
-import sys
 
 import pytest
-from fastcore.docments import docments
 
 from site_tools import ROOT, website
 
@@ -35,8 +33,7 @@ def test_docstring(module, name): assert website.docstring(getattr(module, name)
 def test_arguments(module, name):
     o = getattr(module, name)
     if website.role(o) == 'data': return
-    described = docments(o, args_kwargs=True)  # those of `**kwargs`, too
-    silent = [k for k in website.arguments(o) if k != 'return' and not isinstance(described[k], str)]
+    silent = [k for k, v in website.arguments(o).items() if k != 'return' and not isinstance(v.docment, str)]
     assert not silent, f'no description of {", ".join(silent)}'
 
 

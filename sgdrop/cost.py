@@ -257,7 +257,7 @@ def mask_agreement(
     fast, exact = (saliency_mask(attribute(psi, teacher_map(phi, x, dtype=dtype)), 0.2) for dtype in (None, torch.float32))
     return (fast == exact).float().mean().item()
 
-# %% ../nbs/12_cost.ipynb #f1a4de25
+# %% ../nbs/12_cost.ipynb #55658e19
 def hardware(
     device: str = 'cpu',  # 'cpu' or 'cuda'
 ) -> str:
@@ -277,7 +277,7 @@ def measured(
     x = learners['plain'].dls.one_batch()[0].as_subclass(Tensor)
     seconds = take_turns(steps | part_steps(net, x, learners['full teacher'].sg_drop), turns, device=device)
     cbs = {name: learn.sg_drop for name, learn in learners.items() if hasattr(learn, 'sg_drop')}
-    teachers = {name: n_bytes(cb.ema_teacher.module.state_dict().values()) for name, cb in cbs.items() if cb.ema_teacher is not None}
+    teachers = {name: n_bytes([*cb.ema_teacher.parameters(), *cb.ema_teacher.buffers()]) for name, cb in cbs.items() if cb.ema_teacher is not None}
     return dict(seconds=seconds.round(6).to_dict('list'), peak={name: peak_memory(step, device) for name, step in steps.items()},
                 resting=resting_memory(learners['plain']), teacher=teachers, agreement=mask_agreement(cbs['full teacher'], x),
                 precision=str(fast_dtype(device)).removeprefix('torch.'), hardware=hardware(device))

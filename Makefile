@@ -21,7 +21,7 @@ demo: $(VENV)  ## train with and without SGDrop on the embedded digits; results 
 bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: all of its tables anew, in bench/, 8 hours)
 	@$(if $(WHOLE),set -e; for t in search tuning benchmark; do "$(BIN)/sgdrop-bench" $$t --out bench; done,"$(BIN)/sgdrop-bench" benchmark --again)
 
-test: synced readme-current notebooks  ## check that notebooks, modules and README agree, then run notebooks and pytest
+test: synced readme-current docs notebooks  ## check that notebooks, modules and README agree, make the site, run notebooks and pytest (which checks the site, too)
 	$(SAY) 'pytest'
 	@$(QUIET) "$(BIN)/pytest" -q
 

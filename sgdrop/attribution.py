@@ -4,6 +4,7 @@
 
 # %% ../nbs/00_attribution.ipynb #6fcf0317
 from __future__ import annotations
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -76,7 +77,7 @@ def target_classes(
         if whole and t.shape in (torch.Size(()), scores.shape[:1]): return numbered_classes(t, scores)
         target = f'a {t.dtype} tensor of shape {tuple(t.shape)}'
     raise ValueError(f"target must be 'predicted', a class number, {len(scores)} class numbers, or "
-                     f'label weights of shape {tuple(scores.shape)}; got {target!r}.')
+                     f'label weights of shape {tuple(scores.shape)}; got {reprlib.repr(target)}.')
 
 # %% ../nbs/00_attribution.ipynb #c876f4f0
 def grad_x_act(

@@ -415,6 +415,7 @@ def _load_samples(self: FocusRecorder):
     "Images spread over the training set and over the validation set"
     train, valid = self.dls.train.dataset, self.dls.valid.dataset
     template, self.samples = self.dls.valid if len(valid) else self.dls.train, {}
+    template = vars(template).get('dl', template)  # fastai's DistributedDL is a shell around a loader, and cannot make a new one
     for part, items in dict(train=train if self.augmented else as_in_validation(train), valid=valid).items():
         if not len(items): continue
         dl = template.new(items, get_idxs=evenly(len(items), self.n_images).tolist, num_workers=0, shuffle=False, drop_last=False)

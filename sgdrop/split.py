@@ -95,10 +95,10 @@ def feature_maps(
 
 # %% ../nbs/02_split.ipynb #439a340b
 def _inside_a_block(layer, maps, modules):
-    "Does a module around `layer`, other than a plain `nn.Sequential`, go on to something that is no feature map?"
+    "Does a module around `layer`, other than a plain `nn.Sequential` or a list, go on to something that is no feature map?"
     parts = layer.split('.')
     around = ['.'.join(parts[:i]) for i in range(1, len(parts))]
-    return any(name not in maps and type(modules[name]).forward is not nn.Sequential.forward for name in around)
+    return any(name not in maps and type(modules[name]).forward not in (nn.Sequential.forward, nn.Module.forward) for name in around)
 
 # %% ../nbs/02_split.ipynb #d0760f3d
 def find_layer(
@@ -155,7 +155,7 @@ def checked_layer(
 def cut_sequential(
     model: nn.Module,  # a network
     layer: str,  # name of the layer to cut behind
-) -> tuple[nn.Module, nn.Module] | None:  # φ, ψ; None where a module on the way is no plain `nn.Sequential`
+) -> tuple[nn.Module, nn.Module] | None:  # φ, ψ; None where a module on the way is no plain `nn.Sequential`, or the layer runs again in ψ
     "Cut nested `nn.Sequential`s behind a layer"
     if type(model).forward is not nn.Sequential.forward: return None
     name, _, deeper = layer.partition('.')
@@ -163,8 +163,9 @@ def cut_sequential(
     i = list(model._modules).index(name)
     inner = cut_sequential(children[i], deeper) if deeper else (children[i], nn.Identity())
     if inner is None: return None
-    behind = children[i + 1:] if not deeper else [inner[1], *children[i + 1:]]
-    return nn.Sequential(*children[:i], inner[0]), nn.Sequential(*behind)
+    psi = nn.Sequential(*([inner[1]] if deeper else []), *children[i + 1:])
+    if any(m is model.get_submodule(layer) for m in psi.modules()): return None  # it runs again
+    return nn.Sequential(*children[:i], inner[0]), psi
 
 # %% ../nbs/02_split.ipynb #50d6ff12
 class _TracerDownTo(fx.Tracer):

@@ -2,7 +2,6 @@
 import ast,inspect,io,os,posixpath,re,subprocess,sys
 from dataclasses import is_dataclass
 from functools import lru_cache
-from html import escape
 from importlib import import_module
 from pathlib import Path
 from shutil import rmtree

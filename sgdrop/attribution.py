@@ -17,7 +17,9 @@ __all__ = ['GRAPH_METHODS', 'main_output', 'class_scores', 'predicted_classes', 
            'checked_attribution', 'attribute', 'shuffled_attribution']
 
 # %% ../nbs/00_attribution.ipynb #6d53b483
-def main_output(out):  # a network's output: a tensor, or a tuple, list or dict whose first entry is the main one
+def main_output(
+    out: Tensor | tuple | list | dict,  # a network's output; of several, the first entry is the main one
+) -> Tensor:
     "The main output of a network that may return several"
     while not isinstance(out, Tensor) and isinstance(out, (tuple, list, dict)) and len(out):
         out = next(iter(out.values())) if isinstance(out, dict) else out[0]
@@ -25,7 +27,7 @@ def main_output(out):  # a network's output: a tensor, or a tuple, list or dict 
 
 # %% ../nbs/00_attribution.ipynb #6f23298a
 def class_scores(
-    out,  # a network's output
+    out: Tensor | tuple | list | dict,  # a network's output
 ) -> Tensor:  # class scores (logits), B×K with K ≥ 2
     "The B×K class scores in a network's output, or a `ValueError` that says what it is instead"
     scores = main_output(out)
@@ -115,7 +117,7 @@ class _SummedScore(nn.Module):
 # %% ../nbs/00_attribution.ipynb #57e4fe3c
 def captum_attribution(
     cls: type,  # a captum layer attribution, such as `captum.attr.LayerIntegratedGradients`
-    **options,  # for the `attribute` method of `cls`, such as `n_steps=16`
+    **options: object,  # for the `attribute` method of `cls`, such as `n_steps=16`
 ) -> Callable:  # attribution function of (psi, z, classes)
     "Use captum's layer attribution `cls` on the feature map"
     def attribution(psi, z, classes):
@@ -127,7 +129,7 @@ def captum_attribution(
 # %% ../nbs/00_attribution.ipynb #3792c594
 @contextmanager
 def preserved(
-    module,  # the module whose buffers to put back; anything else has none
+    module: object,  # the module whose buffers to put back; anything else has none
     device: torch.device | str = 'cpu',  # where its random numbers are drawn
 ) -> Iterator[None]:
     "Leave the buffers of `module` and torch's random state as they were"

@@ -202,7 +202,7 @@ def sgdrop_variant(
     noise: float = 0.,  # see `noisy_attribution`
     blind: bool = False,  # shuffle the evidence?
     unmasked: float = 0.,  # weight of the loss without the mask, in [0, 1)
-    **kwargs,  # others of `SGDropCallback`
+    **kwargs: object,  # others of `SGDropCallback`
 ) -> SGDropCallback:
     "SGDrop as a JSON value describes it"
     if ramp: rho = combine_scheds([ramp, 1 - ramp], [SchedLin(0., rho), SchedNo(rho, rho)])

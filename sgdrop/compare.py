@@ -90,7 +90,7 @@ def _alone(
 def append_row(
     path: Path,  # a file of JSON lines; made if absent
     row: dict,  # names and values
-):
+) -> None:
     "Add a row to a file, after cutting off a last one that is torn"
     try: line = json.dumps(_json_value(row), allow_nan=False).encode() + b'\n'
     except TypeError as e: raise TypeError(f'a row takes text, numbers, arrays, and lists or dicts of these, got {row!r}') from e

@@ -26,7 +26,7 @@ from torchvision import models
 
 from .attribution import attribute, class_scores, preserved
 from .callback import SGDropCallback
-from .compare import read_rows, run_plan
+from .compare import run_plan
 from .demo import OneLineParser, complain
 from .mask import n_dropped, saliency_mask
 from .split import evaluating, find_layer, split_model

@@ -139,7 +139,7 @@ def imagenette(
     size: int = 64,  # height and width, pixels
     bs: int = 64,  # batch size
     seed: int = 0,  # of the choice of training images
-    **kwargs,  # for fastai's `dataloaders`, such as `num_workers`
+    **kwargs: object,  # for fastai's `dataloaders`, such as `num_workers`
 ) -> DataLoaders:
     "Imagenette with few training images, and its official validation images"
     path = imagenette_path()
@@ -172,7 +172,7 @@ def flowers17(
     size: int = 64,  # height and width, pixels
     bs: int = 64,  # batch size
     seed: int = 0,  # of the choice of training images
-    **kwargs,  # for fastai's `dataloaders`, such as `num_workers`
+    **kwargs: object,  # for fastai's `dataloaders`, such as `num_workers`
 ) -> DataLoaders:
     "Flowers17 with few training images; those that are left are for validation"
     if not 0 < n_per_class < 80: raise ValueError(f'n_per_class must leave some of the 80 images of each class for validation, got {n_per_class}')

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import Learner  # with its method fit_one_cycle
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders
 from fastai.layers import ConvLayer, ResBlock
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
@@ -281,11 +281,11 @@ def save_demo(
 # %% ../nbs/09_demo.ipynb #5b75c54c
 class OneLineParser(argparse.ArgumentParser):
     "A parser whose errors are one line"
-    def error(self, message): self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+    def error(self, message: str) -> None: self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
 
 def complain(
     command: str,  # whose complaint
-    what,  # text or exception
+    what: object,  # text or exception
     status: int,  # exit status
 ) -> int:  # the same
     "One line on standard error"

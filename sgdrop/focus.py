@@ -16,6 +16,7 @@ from fastai.data.core import Datasets, TfmdDL, TfmdLists
 from fastai.learner import Recorder
 from fastai.torch_core import TensorImage, no_random
 from fastcore.basics import patch, store_attr
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import gaussian_blur
@@ -93,8 +94,8 @@ def show_evidence(
     share: Tensor | None = None,  # 1×H×W, shares of evidence; None for the image alone
     region: Tensor | None = None,  # bool, 1×H×W, to be outlined
     vmax: float = 10.,  # upper end of the scale, in multiples of an even spread
-    ax=None,  # matplotlib axes; new ones if None
-):  # the axes
+    ax: Axes | None = None,  # matplotlib axes; new ones if None
+) -> Axes:
     "Draw an image, its evidence and a region"
     ax = ax or plt.subplots(figsize=(2, 2))[1]
     if share is None: ax.imshow(image.permute(1, 2, 0).squeeze(2), cmap='gray', vmin=0, vmax=1, interpolation='nearest')
@@ -402,8 +403,8 @@ def viewable(
 
 # %% ../nbs/05_focus.ipynb #6f1262ac
 def as_in_validation(
-    items,  # a training set
-):  # the same
+    items: object,  # a training set
+) -> object:  # the same
     "The same images with the transforms of validation, that is, without augmentation"
     if isinstance(items, TfmdLists): return items._new(items.items, split_idx=1)
     if isinstance(items, Datasets): return Datasets(tls=[tl._new(tl.items, split_idx=1) for tl in items.tls], n_inp=items.n_inp)
@@ -468,8 +469,8 @@ def after_fit(self: FocusRecorder):
 # %% ../nbs/05_focus.ipynb #3d727fb3
 def plot_focus(
     history: list[dict],  # one row per epoch, with attribution_ratio and generalization_gap
-    ax=None,  # matplotlib axes; new ones if None
-):  # the axes; the second axis of the gap is its child
+    ax: Axes | None = None,  # matplotlib axes; new ones if None
+) -> Axes:  # the second axis of the gap is its child
     "Attribution ratio and generalization gap over the epochs, as in figure 1 of Bertoin et al. (2024)"
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     epochs = [row['epoch'] + 1 for row in history]
@@ -482,8 +483,8 @@ def plot_focus(
 
 @patch
 def plot(self: FocusRecorder,
-    ax=None,  # matplotlib axes; new ones if None
-):  # the axes
+    ax: Axes | None = None,  # matplotlib axes; new ones if None
+) -> Axes:
     "Attribution ratio and generalization gap over the epochs of the last fit"
     if not self.history: raise ValueError('nothing has been recorded: fit first')
     return plot_focus(self.history, ax)
@@ -493,8 +494,8 @@ def plot_map_history(
     images: Tensor,  # n×C×H×W, from 0 to 1
     maps: dict[int, Tensor],  # epoch → attribution of the images, n×1×h×w
     vmax: float = 10.,  # upper end of the scale, in multiples of an even spread
-    axes=None,  # n×(1 + epochs) matplotlib axes; new ones if None
-):  # the axes
+    axes: np.ndarray | None = None,  # n×(1 + epochs) matplotlib axes; new ones if None
+) -> np.ndarray:  # the axes
     "The same images, and their evidence at some epochs on one scale"
     shape = len(images), len(maps) + 1
     if axes is None: _, axes = plt.subplots(*shape, figsize=(1.5 * shape[1] + 1, 1.5 * shape[0]), squeeze=False, layout='constrained')
@@ -509,8 +510,8 @@ def plot_map_history(
 def plot_maps(self: FocusRecorder,
     epochs: list[int] | None = None,  # which, from 0; None for four, evenly spread
     vmax: float = 10.,  # upper end of the scale, in multiples of an even spread
-    axes=None,  # matplotlib axes, one row per image; new ones if None
-):  # the axes
+    axes: np.ndarray | None = None,  # matplotlib axes, one row per image; new ones if None
+) -> np.ndarray:  # the axes
     "A few validation images, and their evidence at some epochs of the last fit"
     if not self.maps: raise ValueError('nothing has been recorded: fit first')
     maps = {row['epoch']: A for row, A in zip(self.history, self.maps)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import TfmdDL
@@ -14,6 +15,7 @@ from fastai.interpret import Interpretation
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from fastcore.basics import patch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from .attribution import target_classes
@@ -154,8 +156,8 @@ def plot_attributions(self: AttributionInterpretation,
     which: str | list[int] = 'focused',  # 'focused', 'spread', 'top_losses', or numbers of images
     k: int = 6,  # how many, if not by number
     vmax: float | None = None,  # upper end of the scale, in multiples of an even spread; None for one that fits
-    axes=None,  # 2×k matplotlib axes; new ones if None
-):  # the axes
+    axes: np.ndarray | None = None,  # 2×k matplotlib axes; new ones if None
+) -> np.ndarray:  # the axes
     "Images, and where the evidence for their classes lies"
     numbers = self.chosen(which, k)
     pictures = self.pictures(numbers)
@@ -182,8 +184,8 @@ def compare(self: AttributionInterpretation,
     k: int = 6,  # how many, if not by number
     names: tuple[str, str] = ('this', 'other'),  # of the networks
     vmax: float | None = None,  # upper end of the scale, in multiples of an even spread; None for one that fits
-    axes=None,  # 3×k matplotlib axes; new ones if None
-):  # the axes
+    axes: np.ndarray | None = None,  # 3×k matplotlib axes; new ones if None
+) -> np.ndarray:  # the axes
     "The same images, and the evidence of two networks on one colour scale"
     _check_same_images(self, other)
     numbers = self._differing(other, k) if isinstance(which, str) and which == 'differ' else self.chosen(which, k)
@@ -212,13 +214,13 @@ def _check_same_images(one, other):
 
 # %% ../nbs/06_interpret.ipynb #c9aca6df
 @patch
-def deletion_curve(self: AttributionInterpretation,
+def deletion_curve(self: AttributionInterpretation,  # noqa: F811, a method of the same name as the function
     n: int = 100,  # how many images, spread evenly
     steps: int = 16,  # how many times pixels are taken away
     label: str = 'the network',  # of the curve
     baseline: bool = True,  # draw the curve for pixels in random order, too?
-    ax=None,  # matplotlib axes; new ones if None
-):  # the axes
+    ax: Axes | None = None,  # matplotlib axes; new ones if None
+) -> Axes:
     "The probability of the predicted class while pixels are taken away"
     ax = ax or plt.subplots(figsize=(5, 3), layout='constrained')[1]
     numbers = evenly(len(self), n).tolist()

@@ -67,7 +67,7 @@ class BFloat16(Callback):
 def new_learner(
     dataset: str,  # 'imagenette' or 'flowers17'
     seed: int,  # of images, initial weights, batches and augmentation
-    **kwargs,  # for the loaders, such as `n_per_class`
+    **kwargs: object,  # for the loaders, such as `n_per_class`
 ) -> Learner:
     "A learner with a fresh network"
     set_seed(seed)  # before the loaders are made: fastai's shuffling is seeded when a loader is
@@ -99,7 +99,7 @@ def fit_and_note(
     learn: Learner,  # to be trained
     epochs: int,  # how many
     *cbs: Callback | None,  # callbacks; None is left out
-    **kwargs,  # for `fit_quietly`
+    **kwargs: object,  # for `fit_quietly`
 ) -> list[str]:  # kinds of `SaliencyWarning`, sorted
     "Train as `fit_quietly` does, and say what was warned of"
     with warnings.catch_warnings(record=True) as caught:

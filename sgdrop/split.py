@@ -223,7 +223,7 @@ class TracedHalf(nn.Module):
         self.in_training, self.in_evaluation = (fx.GraphModule(model, g) for g in (train_graph, eval_graph))
         self.training = model.training
 
-    def forward(self, *xb): return (self.in_training if self.training else self.in_evaluation)(*xb)
+    def forward(self, *xb: Tensor) -> object: return (self.in_training if self.training else self.in_evaluation)(*xb)
 
 # %% ../nbs/02_split.ipynb #fe9ac405
 def _trace(model, layer, training):
@@ -257,7 +257,7 @@ class ReplayedHead(nn.Module):
         super().__init__()
         self.model, self.layer, self.inputs = model, layer, None
 
-    def forward(self, *xb):
+    def forward(self, *xb: Tensor) -> Tensor:
         self.inputs, seen = xb, []
         with _hooked(self.model.get_submodule(self.layer), lambda m, i, out: seen.append(out)): self.model(*xb)
         return seen[-1]
@@ -272,7 +272,10 @@ class ReplayedTail(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, z, images=None):  # `images` says which of the inputs each row of `z` belongs to; None for one after the other
+    def forward(self,
+        z: Tensor,  # feature map, B×C×H×W
+        images: Tensor | None = None,  # which of the inputs each row of `z` belongs to; None for one after the other
+    ) -> Tensor:  # class scores, B×K
         inputs, model = self.head.inputs, self.head.model
         if inputs is None: raise ValueError('this ψ repeats the whole pass and needs its input: run φ first, or set `psi.head.inputs`')
         xb = inputs if images is None else [x[images] for x in inputs]

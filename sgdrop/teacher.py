@@ -42,7 +42,7 @@ class EMATeacher(nn.Module):
         self.decay, self.warmup, self.n_updates = check_fraction('ema', decay), warmup, 0
         self.module = deepcopy(student).float().eval().requires_grad_(False)
 
-    def forward(self, *xb): return self.module(*map(in_float32, xb))
+    def forward(self, *xb: Tensor) -> object: return self.module(*map(in_float32, xb))
 
 # %% ../nbs/03_teacher.ipynb #81e8fa59
 @patch

@@ -6,7 +6,6 @@ import torch
 from captum.attr import (DeepLift, InputXGradient, IntegratedGradients, LayerDeepLift, LayerGradCam, LayerGradientXActivation,
                          LayerIntegratedGradients)
 from torch import nn
-from torch.nn.functional import one_hot
 
 from networks import NETWORKS, build, images, relative_gap
 from sgdrop.attribution import attribute, captum_attribution

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.schedule import Learner  # brings `fit_one_cycle`
+from fastai.callback.schedule import Learner  # noqa: F401, with its method fit_one_cycle
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -196,7 +196,7 @@ def noisy_attribution(
 
 def sgdrop_variant(
     arch: str,  # whose names of layers
-    layer: str | None = None,  # 'input', 'stem', 'earlier', or None for the last feature map
+    layer: str | list[str] | None = None,  # 'input', 'stem', 'earlier', 'last', or several; None for the last feature map
     rho: float = SGDropCallback().rho,  # share to drop, at the end of the ramp
     ramp: float = 0.,  # part of the training over which ρ rises, in [0, 1)
     noise: float = 0.,  # see `noisy_attribution`
@@ -208,7 +208,9 @@ def sgdrop_variant(
     if ramp: rho = combine_scheds([ramp, 1 - ramp], [SchedLin(0., rho), SchedNo(rho, rho)])
     if noise: kwargs['attribution'] = noisy_attribution(noise)
     if blind: kwargs['attribution'] = shuffled_attribution()
-    return SGDropCallback(rho, DEPTHS[arch][layer] if layer else None, unmasked=unmasked, **kwargs)
+    names = DEPTHS[arch] | dict(last=None)
+    layer = [names[depth] for depth in layer] if isinstance(layer, list) else names[layer or 'last']
+    return SGDropCallback(rho, layer, unmasked=unmasked, **kwargs)
 
 # %% ../nbs/13_bench.ipynb #ae0a4313
 # name of a part of a method → its additions, from the name of the network and the part's settings
@@ -302,6 +304,7 @@ IDEAS: dict[str, dict] = {
     'both losses': dict(unmasked=0.5), 'half of the images': dict(share=0.5),
     'head teacher': dict(teacher='head'), 'full teacher': dict(teacher='full'), 'label': dict(target='label'),
     'one block earlier': dict(layer='earlier'), 'after the stem': dict(layer='stem'), 'image': dict(layer='input'),
+    'two layers': dict(layer=['earlier', 'last']),
     'random among salient': dict(noise=1.), 'random places': dict(blind=True),
     'as published': dict(rho=0.1, granularity='element', teacher='full', fill='zero')}
 

@@ -24,35 +24,51 @@ from .split import ReplayedTail, checked_layer, run_order, split_model, unwrappe
 from .teacher import EMATeacher, in_float32, teacher_map
 
 # %% auto #0
-__all__ = ['LEAK_GAP', 'STARVING', 'ENOUGH_IMAGES', 'MapCapture', 'masked_scores', 'with_scores', 'BlendedLoss', 'label_classes',
-           'is_active', 'rho_at', 'layers_in_order', 'SGDropCallback', 'trap_sums', 'LeakWarning', 'StarvationWarning',
-           'NoEffectWarning', 'traps', 'TrapWatch', 'idle_reason']
+__all__ = ['LEAK_GAP', 'STARVING', 'ENOUGH_IMAGES', 'MapCapture', 'has_reentrant_checkpoint', 'masked_scores', 'with_scores',
+           'BlendedLoss', 'label_classes', 'is_active', 'rho_at', 'layers_in_order', 'SGDropCallback', 'finite_images',
+           'has_changed', 'trap_sums', 'LeakWarning', 'StarvationWarning', 'NoEffectWarning', 'traps', 'TrapWatch',
+           'idle_reason']
 
-# %% ../nbs/04_callback.ipynb #3f53ba5f
+# %% ../nbs/04_callback.ipynb #779840b4
 class MapCapture:
     "The outputs of some layers of a network, noted during one forward pass"
     def __init__(self,
         model: nn.Module,  # the network that will run
         *layers: nn.Module,  # the layers in it whose outputs to note
     ):
-        self.maps, self.model, self.own_forward = [None] * len(layers), model, model.__dict__.get('forward')  # a compiled model has its own
+        self.maps, self.hidden = [None] * len(layers), False  # did a layer run where no gradients are noted?
+        self.model, self.own_forward = model, model.__dict__.get('forward')  # a compiled model has its own
         self.handles = [layer.register_forward_hook(partial(self.note, i)) for i, layer in enumerate(layers)]
         self.forward, model.forward = model.forward, self.guarded
 
-    def guarded(self, *args, **kwargs):
+    def guarded(self, *args: object, **kwargs: object) -> object:
         try: return self.forward(*args, **kwargs)
         finally: self.release()
 
-    def note(self, i, module, inputs, out):
+    def note(self, i: int, module: nn.Module, inputs: tuple, out: Tensor) -> Tensor:
         out = out.as_subclass(Tensor)
         self.maps[i] = out if out.requires_grad else out.detach().requires_grad_()
-        return self.maps[i].clone()
+        self.hidden |= not torch.is_grad_enabled()
+        with torch.enable_grad(): return self.maps[i].clone()
 
-    def release(self):
+    def release(self) -> None:
         for handle in self.handles: handle.remove()
         if self.model.__dict__.get('forward') == self.guarded:
             del self.model.forward
             if self.own_forward is not None: self.model.forward = self.own_forward
+
+# %% ../nbs/04_callback.ipynb #63a39d96
+def has_reentrant_checkpoint(
+    scores: Tensor,  # class scores, with their graph
+) -> bool:
+    "Does a gradient checkpoint with `use_reentrant=True` lie in the graph of `scores`?"
+    todo, seen = [scores.grad_fn], {None}
+    while todo:
+        if (node := todo.pop()) in seen: continue
+        if node.name() == 'CheckpointFunctionBackward': return True
+        seen.add(node)
+        todo += [before for before, _ in node.next_functions]
+    return False
 
 # %% ../nbs/04_callback.ipynb #2cf5f238
 def masked_scores(
@@ -67,11 +83,11 @@ def masked_scores(
         for layer, M_later in later: hooks.callback(layer.register_forward_hook(lambda m, i, out, M=M_later: fill(out, M)).remove)
         return class_scores(psi(fill(z, M)))
 
-# %% ../nbs/04_callback.ipynb #daed0e0f
+# %% ../nbs/04_callback.ipynb #7a077748
 def with_scores(
-    out,  # a network's output: scores, or a tuple, list or dict whose first entry leads to them
+    out: Tensor | tuple | list | dict,  # a network's output: scores, or what holds them as its first entry
     scores: Tensor,  # to be put in the place of the main scores
-):
+) -> Tensor | tuple | list | dict:
     "A network's output with other main scores"
     if isinstance(out, Tensor): return scores
     if isinstance(out, dict):
@@ -80,12 +96,12 @@ def with_scores(
     parts = [with_scores(out[0], scores), *out[1:]]
     return type(out)(*parts) if hasattr(out, '_fields') else type(out)(parts)
 
-# %% ../nbs/04_callback.ipynb #24c74148
+# %% ../nbs/04_callback.ipynb #1748218a
 class BlendedLoss:
     "For one call, a learner's loss function together with its value on other scores"
     def __init__(self,
         learn: Learner,  # whose `loss_func` to stand in for
-        other,  # the other output of the network
+        other: Tensor | tuple | list | dict,  # the other output of the network
         weight: float,  # of the loss of `other`, in [0, 1]
     ):
         self.learn, self.other, self.weight, self.loss_func = learn, other, weight, learn.loss_func
@@ -95,7 +111,7 @@ class BlendedLoss:
         self.release()
         return torch.lerp(self.loss_func(pred, *yb), self.loss_func(self.other, *yb), self.weight)
 
-    def release(self):
+    def release(self) -> None:
         if self.learn.loss_func is self: self.learn.loss_func = self.loss_func
 
 # %% ../nbs/04_callback.ipynb #75664d05
@@ -126,7 +142,12 @@ def rho_at(
     "The share to drop at this point of the training"
     return check_fraction('rho', rho(done) if callable(rho) else rho)
 
-# %% ../nbs/04_callback.ipynb #14b6c0e4
+# %% ../nbs/04_callback.ipynb #e5955373
+def _last_part(model, name):
+    "The name of the layer whose output a plain `nn.Sequential` puts out"
+    while type(model.get_submodule(name)).forward is nn.Sequential.forward: name = f'{name}.{list(model.get_submodule(name)._modules)[-1]}'
+    return name
+
 def layers_in_order(
     model: nn.Module,  # a network for images
     layer: str | nn.Module | list | None,  # a layer by name or itself, or several; None for the last feature map
@@ -137,6 +158,7 @@ def layers_in_order(
     if not several: raise ValueError('layer is an empty list; name at least one layer, or give None for the last feature map')
     names = [checked_layer(model, each, *xb) for each in several]
     if len(names) == 1: return names
+    names = [_last_part(model, name) for name in names]
     for a, b in combinations(sorted(names), 2):
         if f'{b}.'.startswith(f'{a}.'): raise ValueError(f'the layers {a!r} and {b!r} overlap; name layers that follow one another')
     return sorted(names, key=list(run_order(model, *xb)).index)
@@ -148,7 +170,7 @@ class SGDropCallback(Callback):
     order, run_valid = MixedPrecision.order + 2, False
     _stateattrs = ('psis', 'teacher_halves', 'ema_teacher', 'capture', 'blended', 'watch', 'rng', 'resumed')  # made anew by each fit, so never exported
     psis = teacher_halves = ema_teacher = capture = blended = watch = rng = resumed = layer_name = None
-    acting = skipped = cancelled = False
+    fresh, acting, skipped, cancelled = True, False, False, False
 
     def __init__(self,
         rho: float | Callable[[float], float] = 0.2,  # share of the elements to drop, in [0, 1), or a schedule of it: see `rho_at`
@@ -187,14 +209,20 @@ def _check_settings(self: SGDropCallback):
     attribution_function(self.attribution)
     fill_function(self.fill)
 
-# %% ../nbs/04_callback.ipynb #9b554d3f
+# %% ../nbs/04_callback.ipynb #192f3576
 @patch
 def before_fit(self: SGDropCallback):
-    "Forget what an earlier fit left"
+    "There may be something to train"
     if sum(isinstance(cb, SGDropCallback) for cb in self.learn.cbs) > 1: raise ValueError('one SGDropCallback per Learner, please: two would mask each other')
+    self.fresh = True
+
+@patch
+def before_train(self: SGDropCallback):
+    "Forget what an earlier training left"
+    if not self.fresh: return
     self.psis = self.teacher_halves = self.ema_teacher = None
-    self.acting = self.skipped = self.cancelled = False
-    self.n_batches, self.n_dropped_images, self.n_choices, self.warned, self.history = 0, 0, None, set(), []
+    self.fresh = self.acting = self.skipped = self.cancelled = False
+    self.n_batches, self.n_dropped_images, self.n_changed, self.n_not_finite, self.n_choices, self.warned, self.history = 0, 0, 0, 0, None, set(), []
     self.watch = TrapWatch()
     self.rng = torch.Generator().manual_seed(torch.initial_seed())
     if self.resumed: self.rng.set_state(self.resumed['rng'])
@@ -216,7 +244,8 @@ def _set_up(self: SGDropCallback):
             self.teacher_halves = [split_model(self.ema_teacher.module, name, *map(in_float32, xb)) for name in names]
     if self.resumed:
         if self.ema_teacher is not None: self.ema_teacher.load_state_dict(self.resumed['teacher'])
-        self.n_dropped_images, self.resumed = self.resumed['n_dropped_images'], None
+        self.n_dropped_images = self.n_changed = self.resumed['n_dropped_images']
+        self.resumed = None
 
 @patch
 def _layers(self: SGDropCallback):
@@ -285,7 +314,38 @@ def _labels(self: SGDropCallback, scores):
         if 'labels' not in self.warned: warnings.warn(f'SGDrop cannot watch for a leak: the labels are no classes ({e})', SaliencyWarning)
         self.warned.add('labels')
 
-# %% ../nbs/04_callback.ipynb #9c6158bc
+# %% ../nbs/04_callback.ipynb #db8ed206
+def finite_images(
+    maps: list[Tensor],  # feature maps and attributions, B first
+    scores: Tensor,  # class scores, B×K; -∞ where a class is ruled out
+) -> Tensor:  # bool, B
+    "Which images are free of NaN and infinity"
+    return torch.stack([scores.logsumexp(1).isfinite(), *(t.isfinite().flatten(1).all(1) for t in maps)]).all(0)
+
+@patch
+def _only_finite(self: SGDropCallback, As, maps, scores):
+    "The attributions of several layers, zero for images that are not free of NaN and infinity"
+    finite = finite_images([*maps, *As], scores)
+    self.n_not_finite += (~finite).sum()
+    return [torch.where(finite.view(-1, 1, 1, 1), A, 0) for A in As]
+
+@patch
+def _warn_of_not_finite(self: SGDropCallback):
+    "Once per epoch at most, since a look at the number waits for the device"
+    if 'finite' in self.warned or not self.n_not_finite: return
+    warnings.warn(f'{int(self.n_not_finite)} times an image had NaN or infinity in feature map, scores or attribution; SGDrop drops nothing there.', SaliencyWarning)
+    self.warned.add('finite')
+
+# %% ../nbs/04_callback.ipynb #1a4f5ed5
+def has_changed(
+    masked: Tensor,  # class scores under the mask, B×K
+    plain: Tensor,  # class scores without it, B×K
+) -> Tensor:  # bool, B
+    "For which images does the mask change the scores?"
+    size = lambda t: t.nan_to_num(0., 0., 0.).abs().amax(1)
+    return size(masked - plain) > 1e-3 * size(plain)
+
+# %% ../nbs/04_callback.ipynb #c72c6490
 @patch
 def _masks(self: SGDropCallback, As):
     "The masks from attributions of several layers, all on the same random share of the images"
@@ -300,14 +360,18 @@ def after_pred(self: SGDropCallback):
     if any(z is None for z in maps): raise RuntimeError(
         f'the layer {self.layer_name!r} ran in evaluation but not in training, so there is no feature map to mask; choose another layer')
     plain = class_scores(self.learn.pred).as_subclass(Tensor)
+    if self.capture.hidden and has_reentrant_checkpoint(plain): raise RuntimeError(
+        f'the layer {self.layer_name!r} runs within a reentrant gradient checkpoint, so what lies before it would learn nothing under the mask; '
+        'call torch.utils.checkpoint with use_reentrant=False')
     truth = self._labels(plain.detach())
     As = [self._attribution(i, z, plain, truth) for i, z in enumerate(maps)]
-    Ms = self._masks(As)
+    Ms = self._masks(self._only_finite(As, maps, plain))
     masked = masked_scores(self._ready(self.psis[0]), maps[0], Ms[0], fill_function(self.fill), zip(self._layers()[1:], Ms[1:])).to(plain.dtype)
     if self.unmasked: self.blended = BlendedLoss(self.learn, self.pred, self.unmasked)
     self.learn.pred = with_scores(self.learn.pred, masked)
     if truth is not None: self.watch.add(plain.detach(), masked.detach(), truth, As[-1], Ms[-1])
     self.n_dropped_images += torch.stack([(~M).flatten(1).any(1) for M in Ms]).any(0).sum()
+    self.n_changed += has_changed(masked.detach(), plain.detach()).sum()
     self.n_choices = min(M[0].numel() for M in Ms)
 
 # %% ../nbs/04_callback.ipynb #ad9a6356
@@ -316,6 +380,11 @@ def after_batch(self: SGDropCallback):
     "Let go of the feature map, and of the scores without the mask"
     for held in filter(None, (self.capture, self.blended)): held.release()
     self.capture = self.blended = None
+
+@patch
+def before_validate(self: SGDropCallback):
+    "Let go of what a batch that was cut short has left"
+    self.after_batch()
 
 # %% ../nbs/04_callback.ipynb #2b933e8a
 @patch
@@ -345,7 +414,7 @@ def trap_sums(
     rows = torch.stack([holed.float(), right(masked).float(), right(plain).float(), kept_evidence(A, M).nan_to_num(0.), dropped])
     return (rows * holed).sum(1)
 
-# %% ../nbs/04_callback.ipynb #2175e75f
+# %% ../nbs/04_callback.ipynb #d394e0d3
 class LeakWarning(SaliencyWarning): "The network reads the class off the pattern of the holes"
 class StarvationWarning(SaliencyWarning): "The mask takes nearly all evidence for the class away"
 class NoEffectWarning(SaliencyWarning): "SGDrop dropped nothing"
@@ -384,11 +453,12 @@ class TrapWatch:
         images, *sums = self.sums.tolist()
         return dict(images=images, **{n: s / images for n, s in zip(self.names, sums)}) if images else None
 
-# %% ../nbs/04_callback.ipynb #6a73fddf
+# %% ../nbs/04_callback.ipynb #cd5b6820
 @patch
 def after_train(self: SGDropCallback):
     "Once per epoch: look at the watch"
-    report = self.watch.report()
+    if not self.fresh: self._warn_of_not_finite()
+    report = None if self.fresh else self.watch.report()  # another callback may have skipped the training
     if report is None or report['images'] < ENOUGH_IMAGES and self.epoch < self.n_epoch - 1: return
     self.history.append(dict(epoch=self.epoch, **report))
     self.watch = TrapWatch()
@@ -408,7 +478,7 @@ def idle_reason(
                                                "an earlier layer, or granularity='element'.")
     return 'the attribution was zero, tied or not finite in every image.'
 
-# %% ../nbs/04_callback.ipynb #4a0b0ae1
+# %% ../nbs/04_callback.ipynb #48424f88
 @patch
 def after_cancel_fit(self: SGDropCallback):
     "A fit that was cut short, as by `lr_find`, need not have come to the masking"
@@ -416,7 +486,12 @@ def after_cancel_fit(self: SGDropCallback):
 
 @patch
 def after_fit(self: SGDropCallback):
-    "Let go of the network; warn if nothing was ever dropped"
-    idle = self.n_batches > 0 and self.n_dropped_images == 0 and not self.cancelled
-    if idle: warnings.warn(f'SGDrop dropped nothing in {self.n_batches} batches: {idle_reason(self.n_choices, rho_at(self.end, self.rho))}', NoEffectWarning)
+    "Let go of the network; warn if nothing was ever dropped, or nothing came of it"
+    self.after_batch()
+    if not self.fresh: self._warn_of_not_finite()
+    ran = not self.fresh and self.n_batches > 0 and not self.cancelled
+    if ran and self.n_dropped_images > 0 == self.n_changed: warnings.warn(
+        f'SGDrop made holes in {int(self.n_dropped_images)} images, and no score changed by more than a thousandth: what fill={self.fill!r} puts there '
+        'is what the network makes of the rest anyway. Way out: another fill or granularity.', NoEffectWarning)
+    if ran and self.n_dropped_images == 0: warnings.warn(f'SGDrop dropped nothing in {self.n_batches} batches: {idle_reason(self.n_choices, rho_at(self.end, self.rho))}', NoEffectWarning)
     self.psis = self.teacher_halves = None

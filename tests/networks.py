@@ -1,14 +1,18 @@
 "The networks that sgdrop promises to work with: how to make each with random weights and ten classes, and where its last feature map is."
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 import timm
 import torch
+from fastai.learner import Learner
 from fastai.vision.learner import create_vision_model
 from fastai.vision.models import resnet18
 from fastai.vision.models.xresnet import xresnet18
 from torch import Tensor, nn
 from torchvision import models as tv
+
+from sgdrop.split import unwrapped
 
 
 class Network(NamedTuple):
@@ -96,3 +100,9 @@ def small_network() -> nn.Module:
     "A small network of four classes, always with the same weights; its last feature map is '1'"
     torch.manual_seed(0)
     return nn.Sequential(conv(3, 8), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 4))
+
+
+def bare_loss(learn: Learner) -> float:
+    "What a learner's network, by itself and in evaluation mode, makes of the validation images"
+    *xb, y = map(torch.stack, zip(*learn.dls.valid_ds))
+    with torch.no_grad(): return learn.loss_func(copy.deepcopy(unwrapped(learn.model)).eval()(*xb), y).item()

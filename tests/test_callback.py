@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException, CancelValidException
+from fastai.callback.core import Callback, CancelFitException, CancelStepException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import Learner, SchedLin  # brings `fit_one_cycle` and `lr_find`
 from fastai.callback.training import GradientAccumulation
@@ -16,7 +16,7 @@ from fastai.data.transforms import Categorize
 from fastai.learner import load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import SGD
-from fastai.torch_core import TensorImage, params
+from fastai.torch_core import TensorImage
 from fastai.vision.learner import create_body
 from fastai.vision.models import resnet18
 from fastai.vision.models.unet import DynamicUnet

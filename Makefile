@@ -9,7 +9,7 @@ SAY = @printf '\n== %s\n'
 QUIET = OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning:torch.jit._script
 NBTEST = $(QUIET) "$(BIN)/nbdev-test" --n-workers 2 --timing
 
-.PHONY: help demo bench test synced readme-current notebooks nbs readme docs docs-serve docs-check
+.PHONY: help demo bench test oldest synced readme-current notebooks nbs readme docs docs-serve docs-check
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -24,6 +24,14 @@ bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: a
 test: synced readme-current docs notebooks  ## check that notebooks, modules and README agree, make the site, run notebooks and pytest (which checks the site, too)
 	$(SAY) 'pytest'
 	@$(QUIET) "$(BIN)/pytest" -q
+
+oldest:  ## run pytest with the oldest libraries that settings.ini allows, in .venv-oldest
+	$(SAY) 'installing into .venv-oldest'
+	@[ -x .venv-oldest/bin/python ] || "$(PYTHON)" -m venv .venv-oldest
+	@sed -n 's/^requirements *= *//p' settings.ini | tr ' ' '\n' | sed -n 's/>=/==/p' > .venv-oldest/oldest.txt; cat .venv-oldest/oldest.txt
+	@.venv-oldest/bin/python -m pip install -q -e '.[dev]' -c .venv-oldest/oldest.txt
+	$(SAY) 'pytest'
+	@$(QUIET) .venv-oldest/bin/pytest -q
 
 synced: $(VENV)
 	$(SAY) 'notebooks are clean and sgdrop/ is their export'

@@ -28,9 +28,16 @@ SECTIONS = {  # the sidebar: notebooks under nbs/ and other pages, in the order 
     'How-to guides': ['howto/*.ipynb'],
     'Explanation': ['explanation/*.ipynb'],
     'The parts': ['[0-9]*.ipynb'],
-    'Reference': ['api/index.md'],
+    'Reference': ['api/index.md', 'glossary.md'],
     'Results': ['*_bench.ipynb', '*card.ipynb'],
     'About': ['changelog.md', 'contributing.md', 'references.md']}
+FIRST_NAMES = {  # what most users need, by what they want to do
+    'Train': ['callback.SGDropCallback'],
+    'Watch': ['focus.FocusRecorder', 'focus.occlusion_accuracy', 'interpret.AttributionInterpretation'],
+    'Compare': ['compare.paired_table', 'compare.paired_difference'],
+    'Write a loop': ['split.find_layer', 'split.split_model', 'attribution.attribute', 'mask.saliency_mask', 'mask.mask_share', 'mask.fill_function',
+        'callback.masked_scores', 'teacher.EMATeacher', 'callback.TrapWatch'],
+    'Try it': ['data.shortcut_digits', 'data.imagenette', 'data.flowers17']}
 
 missing = set()  # links that lead nowhere
 
@@ -199,7 +206,7 @@ def opening(cell, rel):
     run = '' if rel=='index.ipynb' else f'{{.run}}\n{{download}}`Download this notebook <{up}>` · Run it yourself: `make nbs NB=nbs/{rel}` in a clone, or the download in Jupyter'
     return '\n\n'.join(s for s in [f"# {front['title']}", about and f'{{.lead}}\n{about}', run] if s)
 
-def plain(md): return re.sub(r'[`*$]|\]\([^)]*\)|\[', '', md)
+def plain(md): return re.sub(r'[`*$]', '', re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', md))
 
 def shown(cell, rel):
     "`cell` as its directives want it shown, or None"
@@ -256,17 +263,19 @@ def role(o): return 'class' if inspect.isclass(o) else 'function' if inspect.isr
 
 def reference():
     "The pages of the API reference: {path: text}"
-    pages,rows = {},[]
+    pages,rows = {},{}
     for module,notebook in modules().items():
         names,short = getattr(module, '__all__', []),module.__name__.split('.')[-1]
         if not names: continue
         entries = [entry(n, getattr(module, n), module, notebook, role(getattr(module, n))) for n in names]
         about = f'Made in the notebook [{title(notebook)}](../{notebook}), which explains it.'
         pages[f'api/{short}.md'] = '\n\n'.join([f'# {module.__name__}', f'{{.lead}}\n{about}', f'```{{py:module}} {module.__name__}\n```', *entries]) + '\n'
-        rows += [f'| {{py:obj}}`{n} <{module.__name__}.{n}>` | [{short}]({short}.md) | {plain(docstring(getattr(module, n), module, n).split(chr(10))[0]).replace("|", chr(92)+"|")} |' for n in names]
+        rows |= {f'{short}.{n}': f'| {{py:obj}}`{n} <{module.__name__}.{n}>` | [{short}]({short}.md) | {plain(docstring(getattr(module, n), module, n).split(chr(10))[0]).replace("|", chr(92)+"|")} |' for n in names}
     toc = '\n'.join(p.removeprefix('api/') for p in pages)
+    head = '\n| Name | Module | |\n| --- | --- | --- |\n'
+    first = '\n\n'.join(f'**{purpose}**\n{head}' + '\n'.join(rows[n] for n in names) for purpose,names in FIRST_NAMES.items())
     pages['api/index.md'] = '\n'.join(['# API reference', '', '{.lead}', 'Every name the package exports. `from sgdrop.all import *` gives those of the modules that users need.', '',
-        '```{toctree}', ':hidden:', toc, '```', '', '| Name | Module | |', '| --- | --- | --- |', *sorted(rows, key=str.lower)]) + '\n'
+        '```{toctree}', ':hidden:', toc, '```', '', '## The names to begin with', '', first, '', '## All names', head + '\n'.join(rows[n] for n in sorted(rows, key=lambda n: n.split('.')[1].lower()))]) + '\n'
     return pages
 
 # All of it

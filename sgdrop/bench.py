@@ -403,7 +403,8 @@ def forest_plot(
     for i, (method, d) in enumerate(table.iterrows()):
         colour = 'C1' if highlight in method else 'C0'
         ax.plot([d.low, d.high], [i, i], color=colour); ax.plot(d['mean'], i, 'o', color=colour)
-    ax.axvline(0, color='gray', lw=0.8); ax.set_yticks(range(len(table)), table.index)
+    ax.axvline(0, color='gray', lw=0.8)
+    ax.set(yticks=range(len(table)), yticklabels=table.index, ylim=(-0.6, len(table) - 0.4))
     return ax
 
 # %% ../nbs/13_bench.ipynb #a6d878ca

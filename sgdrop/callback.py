@@ -257,6 +257,7 @@ def _layers(self: SGDropCallback):
 @patch
 def state_dict(self: SGDropCallback) -> dict:  # 'teacher', 'rng', 'n_dropped_images'
     "What a resumed fit needs besides network and optimizer"
+    if self.resumed: return self.resumed  # epochs that fastai skips, before the first batch
     if self.rng is None: raise ValueError('there is no state yet: it is made by a fit')
     teacher = None if self.ema_teacher is None else self.ema_teacher.state_dict()
     return dict(teacher=teacher, rng=self.rng.get_state(), n_dropped_images=int(self.n_dropped_images))
@@ -435,7 +436,7 @@ def traps(
         "target='predicted' with a teacher, granularity='spatial', or a smaller share."))
     if report['kept'] < STARVING: found.append(StarvationWarning(
         f'SGDrop starvation: the mask keeps {report["kept"]:.1%} of the evidence for the class, too little to learn from. '
-        'Way out: a smaller rho, or a smaller share.'))
+        "Way out: granularity='spatial', a smaller rho, or a smaller share."))
     return found
 
 # %% ../nbs/04_callback.ipynb #3571abfd

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 
 from half_a_training import SETTINGS, first_half, fit, learner, second_half
 from networks import same_weights
@@ -36,3 +37,16 @@ def test_a_state_for_other_settings_is_refused(tmp_path):
     state = torch.load(tmp_path / 'sgdrop.pth', weights_only=True)
     with pytest.raises(ValueError, match='teacher=None, but the state is of a callback with a teacher'): SGDropCallback(teacher=None).load_state_dict(state)
     with pytest.raises(ValueError, match='there is no state yet'): SGDropCallback().state_dict()
+
+
+def test_the_state_of_skipped_epochs_is_the_one_to_resume_from(tmp_path):
+    first_half(tmp_path)
+    state = torch.load(tmp_path / 'sgdrop.pth', weights_only=True)
+    cb = SGDropCallback(**SETTINGS)
+    cb.load_state_dict(state)
+    assert cb.state_dict() is state
+    noted = []
+    learn = learner(tmp_path)
+    learn.load('half')
+    fit(learn, cb, Callback(after_epoch=lambda _: noted.append(cb.state_dict()['teacher']['_extra_state']['n_updates'])), start_epoch=2)
+    assert noted == [8, 8, 12, 16]

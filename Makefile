@@ -9,7 +9,7 @@ SAY = @printf '\n== %s\n'
 QUIET = OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning:torch.jit._script
 NBTEST = $(QUIET) "$(BIN)/nbdev-test" --n-workers 2 --timing
 
-.PHONY: help demo bench test oldest synced readme-current notebooks nbs readme docs docs-serve docs-check
+.PHONY: help demo bench test coverage oldest synced readme-current notebooks nbs readme docs docs-serve docs-check
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -24,6 +24,12 @@ bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: a
 test: synced readme-current docs notebooks  ## check that notebooks, modules and README agree, make the site, run notebooks and pytest (which checks the site, too)
 	$(SAY) 'pytest'
 	@$(QUIET) "$(BIN)/pytest" -q
+
+coverage: $(VENV)  ## which lines of sgdrop/ do pytest and the notebooks run? At least 95 % (half an hour)
+	@rm -rf .coverage; mkdir .coverage
+	@$(QUIET) "$(BIN)/coverage" run -m pytest -q --ignore tests/test_site.py
+	@$(QUIET) PYTHONPATH=tests "$(BIN)/coverage" run tests/notebooks_on_modules.py
+	@"$(BIN)/coverage" combine -q; "$(BIN)/coverage" report
 
 oldest:  ## run pytest with the oldest libraries that settings.ini allows, in .venv-oldest
 	$(SAY) 'installing into .venv-oldest'

@@ -1,4 +1,4 @@
-"Run the notebooks with the modules in place of their exported cells, so that coverage counts what their examples run"
+"Run the notebooks (or those named) with the modules in place of their exported cells, so that coverage counts what their examples run"
 import json
 import shutil
 import sys
@@ -21,12 +21,12 @@ def on_module(
     return notebook
 
 
-def main():
+def main(*names):
     with TemporaryDirectory() as folder:
         copy = Path(folder)/'repository'
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.*', 'docs', '_build', '__pycache__', 'demo', 'bench'))
         for path in (copy/'nbs').rglob('*.ipynb'): path.write_text(json.dumps(on_module(json.loads(path.read_text()))))
-        nbdev_test(copy/'nbs', n_workers=0, timing=True)
+        for path in [copy/'nbs'/name for name in names] or [copy/'nbs']: nbdev_test(path, n_workers=0, timing=True)
 
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__': sys.exit(main(*sys.argv[1:]))

@@ -173,16 +173,16 @@ class SGDropCallback(Callback):
     fresh, acting, skipped, cancelled = True, False, False, False
 
     def __init__(self,
-        rho: float | Callable[[float], float] = 0.2,  # share of the elements to drop, in [0, 1), or a schedule of it: see `rho_at`
+        rho: float | Callable[[float], float] = 0.5,  # share of the elements to drop, in [0, 1), or a schedule of it: see `rho_at`
         layer: str | nn.Module | list | None = None,  # where to drop: behind a layer, by name or itself, or behind several in a list; None for the last feature map
         target: str = 'predicted',  # whose evidence to drop: the class that is 'predicted', or the 'label'
         ema: float = 0.99,  # the teacher's averaging decay, in [0, 1)
-        teacher: str | None = 'head',  # who chooses the mask: 'full' (φ' and ψ'), 'head' (ψ' on the student's map), None (the student)
+        teacher: str | None = None,  # who chooses the mask: 'full' (φ' and ψ'), 'head' (ψ' on the student's map), None (the student)
         attribution: str | type | Callable = 'grad_x_act',  # 'grad_x_act', 'gradcam', a captum layer attribution, or a function of (psi, z, classes)
         granularity: str = 'spatial',  # what is dropped as one: an 'element', a position with all its channels ('spatial'), or a 'channel'
-        share: float = 0.5,  # probability that an image of the batch is masked, in [0, 1]
-        fill: str | Callable = 'zero',  # what goes into the holes: 'zero', 'mean', 'kept_mean', 'other', 'scaled', or a function of (z, M): see `FILLS`
-        unmasked: float = 0.,  # weight of the loss without the mask, in [0, 1); the loss under the mask has the rest
+        share: float = 1.,  # probability that an image of the batch is masked, in [0, 1]
+        fill: str | Callable = 'kept_mean',  # what goes into the holes: 'zero', 'mean', 'kept_mean', 'other', 'scaled', or a function of (z, M): see `FILLS`
+        unmasked: float = 0.5,  # weight of the loss without the mask, in [0, 1); the loss under the mask has the rest
         start: float = 0.,  # part of the training after which masking starts, in [0, 1]
         end: float = 1.,  # part of the training after which masking ends, in [0, 1]
     ):

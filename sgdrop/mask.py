@@ -139,7 +139,8 @@ def scaled_fill(
     "Zeros in the holes, and the rest of each image scaled up to the mean size (|z|) it had with them"
     kept = z * M
     before, after = (t.abs().mean((1, 2, 3), keepdim=True) for t in (z, kept))
-    return kept * torch.where(after > 0, before / after, 1)
+    left = after > 0
+    return kept * torch.where(left, before / torch.where(left, after, 1), 1)  # no division by zero: its gradient would be NaN
 
 # %% ../nbs/01_mask.ipynb #8215cad9
 FILLS = dict(zero=zero_fill, mean=mean_fill, kept_mean=kept_mean_fill, other=other_fill, scaled=scaled_fill)  # name → function of (z, M)

@@ -206,24 +206,25 @@ def mask_numbers(
 # whose evidence the mask takes → settings of the callback
 WHOSE_MASK = dict(label=dict(target='label', teacher=None), predicted=dict(target='predicted', teacher='head'))
 
-def _trap_settings(rho, whose, layer, granularity, share=1.):
-    return dict(layer=layer, whose=whose, granularity=granularity, rho=rho, share=share, seed=0, epochs=40)
+def _trap_settings(rho, whose, layer, granularity, share=1., **others):
+    return dict(layer=layer, whose=whose, granularity=granularity, rho=rho, share=share, seed=0, epochs=40, **others)
 
 # settings of each run
 TRAPS = [_trap_settings(0.1, *rest) for rest in product(WHOSE_MASK, (None, ONE_BLOCK_EARLIER), ('element', 'spatial'))]
 TRAPS += [_trap_settings(0.3, 'label', *rest) for rest in product((None, ONE_BLOCK_EARLIER), ('element', 'spatial'))]
-TRAPS += [_trap_settings(0., 'predicted', None, 'spatial'), _trap_settings(0.2, 'predicted', None, 'spatial', share=0.5),  # plain, and the defaults
+TRAPS += [_trap_settings(0., 'predicted', None, 'spatial'), _trap_settings(0.2, 'predicted', None, 'spatial', share=0.5),  # plain, and half of the images
           *[_trap_settings(0.3, 'predicted', None, granularity) for granularity in ('element', 'spatial')],
-          _trap_settings(0.3, 'predicted', ONE_BLOCK_EARLIER, 'element'), _trap_settings(0.3, 'label', None, 'channel')]
+          _trap_settings(0.3, 'predicted', ONE_BLOCK_EARLIER, 'element'), _trap_settings(0.3, 'label', None, 'channel'),
+          _trap_settings(0.5, 'predicted', None, 'spatial', teacher=None, fill='kept_mean', unmasked=0.5)]  # the defaults
 
 # %% ../nbs/11_record.ipynb #385833ed
 def run_traps(
-    settings: dict,  # 'layer', 'whose', 'granularity', 'rho', 'share', 'seed', 'epochs'
+    settings: dict,  # 'layer', 'whose', 'granularity', 'rho', 'share', 'seed', 'epochs', and others of `SGDropCallback`
 ) -> dict:
     "One training under a mask, and what the network makes of masks at its end"
-    s = settings
+    s = dict(fill='zero', unmasked=0.) | WHOSE_MASK[settings['whose']] | settings
     learn = new_learner('imagenette', s['seed'])
-    cb = SGDropCallback(s['rho'], s['layer'], granularity=s['granularity'], share=s['share'], **WHOSE_MASK[s['whose']])
+    cb = SGDropCallback(**{name: s[name] for name in ('rho', 'layer', 'granularity', 'share', 'target', 'teacher', 'fill', 'unmasked')})
     warned = fit_and_note(learn, s['epochs'], cb)
     numbers = mask_numbers(learn.model, in_order(learn.dls, 'train'), s['rho'], s['granularity'], s['layer'])
     history = [{k: round(v, 4) for k, v in row.items()} for row in cb.history]

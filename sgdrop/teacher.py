@@ -5,6 +5,7 @@
 # %% ../nbs/03_teacher.ipynb #4485f1d5
 from __future__ import annotations
 from copy import deepcopy
+from types import FunctionType
 
 import torch
 from fastcore.basics import patch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .mask import check_fraction
 
 # %% auto #0
-__all__ = ['warm_decay', 'in_float32', 'EMATeacher', 'fast_dtype', 'teacher_map']
+__all__ = ['warm_decay', 'in_float32', 'copy_without_watchers', 'EMATeacher', 'fast_dtype', 'teacher_map']
 
 # %% ../nbs/03_teacher.ipynb #a508e2bc
 def warm_decay(
@@ -30,6 +31,22 @@ def in_float32(
     "A floating-point tensor in float32; any other as it is"
     return x.float() if x.is_floating_point() else x
 
+# %% ../nbs/03_teacher.ipynb #92f177b7
+def _watches(hook, network):
+    "Does a hook belong to an object outside the network?"
+    if isinstance(hook, FunctionType) or type(hook).__module__.startswith('torch.'): return False
+    return not any(getattr(hook, '__self__', None) is m for m in network.modules())
+
+def _nothing(*args): "In the place of a hook that was not copied"
+
+def copy_without_watchers(
+    network: nn.Module,  # stays as it is
+) -> nn.Module:  # a network of the same function
+    "A deep copy in which the hooks of objects outside the network do nothing"
+    kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    hooks = [hook for m in network.modules() for kind in kinds for hook in getattr(m, kind).values()]
+    return deepcopy(network, {id(hook): _nothing for hook in hooks if _watches(hook, network)})
+
 # %% ../nbs/03_teacher.ipynb #8b3fabb1
 class EMATeacher(nn.Module):
     "A copy of a network whose weights are an exponential moving average of the network's"
@@ -40,7 +57,7 @@ class EMATeacher(nn.Module):
     ):
         super().__init__()
         self.decay, self.warmup, self.n_updates = check_fraction('ema', decay), warmup, 0
-        self.module = deepcopy(student).float().eval().requires_grad_(False)
+        self.module = copy_without_watchers(student).float().eval().requires_grad_(False)
 
     def forward(self, *xb: Tensor) -> object: return self.module(*map(in_float32, xb))
 

@@ -1,5 +1,4 @@
 "The networks that sgdrop promises to work with: how to make each with random weights and ten classes, and where its last feature map is."
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torchvision import models as tv
 
 from sgdrop.split import unwrapped
+from sgdrop.teacher import copy_without_watchers
 
 
 class Network(NamedTuple):
@@ -105,4 +105,4 @@ def small_network() -> nn.Module:
 def bare_loss(learn: Learner) -> float:
     "What a learner's network, by itself and in evaluation mode, makes of the validation images"
     *xb, y = map(torch.stack, zip(*learn.dls.valid_ds))
-    with torch.no_grad(): return learn.loss_func(copy.deepcopy(unwrapped(learn.model)).eval()(*xb), y).item()
+    with torch.no_grad(): return learn.loss_func(copy_without_watchers(unwrapped(learn.model)).eval()(*xb), y).item()

@@ -289,7 +289,7 @@ def test_both_losses_are_those_of_blended_labels(mix, small_net, make_learner):
 
 
 def test_a_schedule_of_rho_is_followed(small_net, make_learner):
-    cb = SGDropCallback(rho=SchedLin(0., 0.8), share=1., granularity='element')
+    cb = SGDropCallback(rho=SchedLin(0., 0.8), share=1., granularity='element', teacher='head', unmasked=0.)
     fitted(make_learner, small_net(), cb, epochs=4, n=512, bs=64)
     shares = [h['dropped'] for h in cb.history]
     assert len(shares) == 4 and shares == sorted(shares) and shares[0] < 0.2 < shares[-1]

@@ -101,7 +101,7 @@ def test_training_equals_a_slow_derivation(teacher, target, granularity, make_le
     monkeypatch.setattr('sgdrop.teacher.fast_dtype', lambda device: torch.float32)  # a full teacher is in bfloat16 where that is fast
     settings, batches = dict(rho=0.3, teacher=teacher, target=target, ema=0.8, granularity=granularity), Batches()
     learn = make_learner(net(), n=48)
-    learn.fit(2, 0.1, cbs=[batches, SGDropCallback(layer='3', share=1., **settings)])
+    learn.fit(2, 0.1, cbs=[batches, SGDropCallback(layer='3', share=1., fill='zero', unmasked=0., **settings)])
     assert len(batches.seen) == 12
     slow = slow_training(net(), batches.seen, **settings, lr=0.1)
     unmasked = slow_training(net(), batches.seen, **{**settings, 'rho': 0.}, lr=0.1)

@@ -173,7 +173,7 @@ class SGDropCallback(Callback):
     fresh, acting, skipped, cancelled = True, False, False, False
 
     def __init__(self,
-        rho: float | Callable[[float], float] = 0.5,  # share of the elements to drop, in [0, 1), or a schedule of it: see `rho_at`
+        rho: float | Callable[[float], float] = 0.5,  # share of the map to drop, by default of its positions, in [0, 1), or a schedule of it: see `rho_at`
         layer: str | nn.Module | list | None = None,  # where to drop: behind a layer, by name or itself, or behind several in a list; None for the last feature map
         target: str = 'predicted',  # whose evidence to drop: the class that is 'predicted', or the 'label'
         ema: float = 0.99,  # the teacher's averaging decay, in [0, 1)
@@ -433,10 +433,10 @@ def traps(
         f'SGDrop leak: accuracy on training images is {report["under_mask"]:.0%} under the mask and {report["without"]:.0%} '
         'without it, so the network '
         "reads the class off the holes. Way out: split at the last feature map (layer=None), a smaller rho, "
-        "target='predicted' with a teacher, granularity='spatial', or a smaller share."))
+        "target='predicted' with a teacher, granularity='spatial', a larger unmasked, or a smaller share."))
     if report['kept'] < STARVING: found.append(StarvationWarning(
         f'SGDrop starvation: the mask keeps {report["kept"]:.1%} of the evidence for the class, too little to learn from. '
-        "Way out: granularity='spatial', a smaller rho, or a smaller share."))
+        "Way out: granularity='spatial', a smaller rho, a larger unmasked, or a smaller share."))
     return found
 
 # %% ../nbs/04_callback.ipynb #3571abfd

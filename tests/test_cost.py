@@ -69,7 +69,7 @@ def test_captums_mask_is_ours(net, monkeypatch):
     training_step(step_learner(net, 8), rival)()
     after = {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(weights)
-    training_step(step_learner(net, 8), SGDropCallback(0.2, teacher=None, granularity='element', share=1.))()
+    training_step(step_learner(net, 8), SGDropCallback(0.2, granularity='element', fill='zero', unmasked=0.))()
     assert len(masks) == 1 and rival.M.equal(masks[0]) and 0.05 < 1 - rival.M.float().mean() <= 0.2
     for k, v in net.state_dict().items(): torch.testing.assert_close(v, after[k], msg=k)
 

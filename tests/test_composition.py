@@ -14,10 +14,11 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.preds import MCDropoutCallback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import Learner  # brings `fine_tune` and `lr_find`
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
-from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.core import Datasets
 from fastai.data.transforms import Categorize
 from fastai.interpret import Interpretation
@@ -102,6 +103,12 @@ PARTNERS = dict(
     early_stopping=Partner(train=lambda learn: learn.fit(3, cbs=EarlyStoppingCallback(min_delta=10))),
     csv_logger=Partner(train=lambda learn: learn.fit(1, cbs=CSVLogger())),
     hooks_and_files=Partner(train=lambda learn: learn.fit(1, cbs=[ActivationStats(), CSVLogger()])),  # its hooks hold the learner and an open file
+    frozen_statistics=Partner(lambda: [BnFreeze()]),
+    half_an_epoch=Partner(lambda: [ShortEpochCallback(0.5, short_valid=False)]),
+    flat_then_cosine=Partner(train=lambda learn: learn.fit_flat_cos(2)),
+    restarts=Partner(train=lambda learn: learn.fit_sgdr(1, 1)),
+    smaller_steps=Partner(train=lambda learn: learn.fit(3, cbs=[ReduceLROnPlateau(patience=1, min_delta=10), TerminateOnNaNCallback()])),
+    guesses=Partner(use=lambda learn: torch.stack([learn.get_preds(cbs=MCDropoutCallback())[0] for _ in range(2)])),
     tensorboard=Partner(train=lambda learn: learn.fit(1, cbs=tensorboard(learn))),
     interpretation=Partner(use=lambda learn: Interpretation.from_learner(learn).losses),
     augmented_at_test=Partner(use=lambda learn: learn.tta(n=2)[0], tfms=lambda: [RandomErasing(p=1.)]),
@@ -123,7 +130,7 @@ class BareLoss(Callback):
     order = Recorder.order + 1
     def before_fit(self): self.losses = []
     def after_epoch(self):
-        if not hasattr(self, 'lr_finder'): self.losses.append((self.recorder.values[-1][1], bare_loss(self.learn)))
+        if not hasattr(self, 'lr_finder'): self.losses.append((self.recorder.values[-1][-1], bare_loss(self.learn)))
 
 
 def make_learner(partner, path, *cbs):

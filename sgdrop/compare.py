@@ -303,9 +303,10 @@ def paired_table(
 def format_difference(
     difference: pd.Series,  # of `paired_difference`, or a row of `paired_table`
     digits: int = 3,  # after the point
+    scale: float = 1.,  # 100 for percentage points
 ) -> str:
     "A paired difference as text: mean, 95 % interval, wins"
-    mean, low, high = (f'{round(difference[name], digits) + 0.:+.{digits}f}' for name in ('mean', 'low', 'high'))  # adding 0 makes -0 into 0
+    mean, low, high = (f'{round(scale * difference[name], digits) + 0.:+.{digits}f}' for name in ('mean', 'low', 'high'))  # adding 0 makes -0 into 0
     interval = f' [{low}, {high}]' if difference['n'] > 1 else ''
     ties = f', {difference["ties"]:.0f} tied' if difference['ties'] else ''
     return f'{mean}{interval}, {difference["wins"]:.0f} of {difference["n"]:.0f}{ties}'

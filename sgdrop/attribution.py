@@ -133,14 +133,15 @@ def preserved(
     device: torch.device | str = 'cpu',  # where its random numbers are drawn
 ) -> Iterator[None]:
     "Leave the buffers of `module` and torch's random state as they were"
-    buffers = list(module.buffers()) if isinstance(module, nn.Module) else []
-    saved = [b.clone() for b in buffers]
+    modules = module.modules() if isinstance(module, nn.Module) else ()
+    saved = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         try: yield
         finally:
-            # `.data`, because a graph that still waits for its backward pass would count a plain `copy_` as tampering
-            for b, s in zip(buffers, saved): b.data.copy_(s)
+            for m, name, b, was in saved:
+                b.data.copy_(was)  # `.data`, because a graph that still waits for its backward pass would count a plain `copy_` as tampering
+                m._buffers[name] = b  # for modules that put a new tensor there, as in `self.n = self.n + 1`
 
 # %% ../nbs/00_attribution.ipynb #ca5d2d2f
 GRAPH_METHODS = dict(grad_x_act=grad_x_act, gradcam=gradcam)  # name → function of (scores, z, classes)

@@ -25,9 +25,9 @@ from .teacher import EMATeacher, in_float32, teacher_map
 
 # %% auto #0
 __all__ = ['LEAK_GAP', 'STARVING', 'ENOUGH_IMAGES', 'MapCapture', 'has_reentrant_checkpoint', 'masked_scores', 'with_scores',
-           'BlendedLoss', 'label_classes', 'is_active', 'rho_at', 'layers_in_order', 'SGDropCallback', 'finite_images',
-           'has_changed', 'trap_sums', 'LeakWarning', 'StarvationWarning', 'NoEffectWarning', 'traps', 'TrapWatch',
-           'idle_reason']
+           'BlendedLoss', 'label_classes', 'is_active', 'rho_at', 'layers_in_order', 'SGDropCallback', 'is_compiled',
+           'finite_images', 'has_changed', 'trap_sums', 'LeakWarning', 'StarvationWarning', 'NoEffectWarning', 'traps',
+           'TrapWatch', 'idle_reason']
 
 # %% ../nbs/04_callback.ipynb #779840b4
 class MapCapture:
@@ -46,6 +46,8 @@ class MapCapture:
         finally: self.release()
 
     def note(self, i: int, module: nn.Module, inputs: tuple, out: Tensor) -> Tensor:
+        if len(self.maps) > 1 and self.maps[i] is not None: raise RuntimeError(
+            f'the {type(module).__name__} to mask runs several times in a pass, so it cannot be one of several layers; name it alone')
         out = out.as_subclass(Tensor)
         self.maps[i] = out if out.requires_grad else out.detach().requires_grad_()
         self.hidden |= not torch.is_grad_enabled()
@@ -169,7 +171,7 @@ class SGDropCallback(Callback):
     # MixedPrecision is 10, GradientClip and DistributedTrainer are 11: come after what they make of model and prediction
     order, run_valid = MixedPrecision.order + 2, False
     _stateattrs = ('psis', 'teacher_halves', 'ema_teacher', 'capture', 'blended', 'watch', 'rng', 'resumed')  # made anew by each fit, so never exported
-    psis = teacher_halves = ema_teacher = capture = blended = watch = rng = resumed = layer_name = None
+    psis = teacher_halves = ema_teacher = capture = blended = watch = rng = resumed = layer_name = trained = None
     fresh, acting, skipped, cancelled = True, False, False, False
 
     def __init__(self,
@@ -219,6 +221,9 @@ def before_fit(self: SGDropCallback):
 @patch
 def before_train(self: SGDropCallback):
     "Forget what an earlier training left"
+    goes_on = self.psis is not None and not self.resumed and self.trained == (id(self.model), self.n_epoch, self.epoch - 1)
+    self.trained = id(self.model), self.n_epoch, self.epoch
+    if goes_on: self.fresh = False
     if not self.fresh: return
     self.psis = self.teacher_halves = self.ema_teacher = None
     self.fresh = self.acting = self.skipped = self.cancelled = False
@@ -232,12 +237,16 @@ def before_train(self: SGDropCallback):
 def _set_up(self: SGDropCallback):
     "Find the layer, cut the network, copy the teacher"
     model = unwrapped(self.learn.model)
+    for i, x in enumerate(self.xb):
+        if not isinstance(x, Tensor): raise TypeError(f'input {i} of the network is a {type(x).__name__}; SGDrop needs tensors (several inputs: `n_inp` of the DataLoaders)')
     xb = [x[:2].as_subclass(Tensor) for x in self.xb]
-    # without autocast, which would keep the half-precision weights of this pass, that have no gradients, for the next one
-    with torch.autocast(xb[0].device.type, enabled=False):
+    # autocast must not keep the half-precision weights of this pass, which have no gradients, for the next one
+    kind = xb[0].device.type
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
         names = layers_in_order(model, self.layer, *xb)
         self.layer_name = names if isinstance(self.layer, (list, tuple)) else names[0]
-        self.psis = [split_model(model, name, *xb)[1] for name in names]
+        from_psi = self.teacher is not None or not isinstance(self.attribution, str)  # else the graph of the step is enough for later layers
+        self.psis = [split_model(model, name, *xb)[1] for name in (names if from_psi else names[:1])]
         if self.teacher == 'head': self.ema_teacher = EMATeacher(nn.ModuleList(self.psis), self.ema)
         if self.teacher == 'full':
             self.ema_teacher = EMATeacher(model, self.ema)
@@ -271,17 +280,26 @@ def load_state_dict(self: SGDropCallback,
         f"teacher={self.teacher!r}, but the state is of a callback {'without' if state['teacher'] is None else 'with'} a teacher")
     self.resumed = state
 
+# %% ../nbs/04_callback.ipynb #ff22b7b7
+def is_compiled(
+    model: nn.Module,  # a network
+) -> bool:
+    "Has the network, or a part of it, been through `torch.compile`?"
+    return any(type(m).__name__ == 'OptimizedModule' for m in model.modules())
+
 # %% ../nbs/04_callback.ipynb #549f5065
 @patch
 def before_batch(self: SGDropCallback):
     "Ask for the feature map, if SGDrop acts on this batch"
     self.after_batch()  # an earlier batch may have ended in an error
-    self.acting = False
+    self.fresh, acted, self.acting = False, self.acting, False
     if self.rho == 0: return
     if self.psis is None: self._set_up()
     self.n_batches += 1
     self.acting = is_active(self.pct_train, self.start, self.end) and self.share > 0
-    if self.acting: self.capture = MapCapture(self.learn.model, *self._layers())
+    if not self.acting: return
+    if not acted and is_compiled(self.learn.model): torch.compiler.reset()
+    self.capture = MapCapture(self.learn.model, *self._layers())
 
 # %% ../nbs/04_callback.ipynb #5df5ea93
 @patch
@@ -361,6 +379,8 @@ def after_pred(self: SGDropCallback):
     if any(z is None for z in maps): raise RuntimeError(
         f'the layer {self.layer_name!r} ran in evaluation but not in training, so there is no feature map to mask; choose another layer')
     plain = class_scores(self.learn.pred).as_subclass(Tensor)
+    if len(maps[0]) != len(plain): raise RuntimeError(
+        f'the layer {self.layer_name!r} put out {len(maps[0])} feature maps for {len(plain)} images; on several GPUs use DistributedDataParallel, not DataParallel')
     if self.capture.hidden and has_reentrant_checkpoint(plain): raise RuntimeError(
         f'the layer {self.layer_name!r} runs within a reentrant gradient checkpoint, so what lies before it would learn nothing under the mask; '
         'call torch.utils.checkpoint with use_reentrant=False')
@@ -495,4 +515,4 @@ def after_fit(self: SGDropCallback):
         f'SGDrop made holes in {int(self.n_dropped_images)} images, and no score changed by more than a thousandth: what fill={self.fill!r} puts there '
         'is what the network makes of the rest anyway. Way out: another fill or granularity.', NoEffectWarning)
     if ran and self.n_dropped_images == 0: warnings.warn(f'SGDrop dropped nothing in {self.n_batches} batches: {idle_reason(self.n_choices, rho_at(self.end, self.rho))}', NoEffectWarning)
-    self.psis = self.teacher_halves = None
+    if not self.fresh: self.psis = self.teacher_halves = None  # else it was a validation, perhaps in the middle of a fit

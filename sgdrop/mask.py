@@ -122,7 +122,8 @@ def kept_mean_fill(
 ) -> Tensor:  # of the shape of `z`
     "The mean of what the channel keeps in the holes; zero where it keeps nothing"
     kept = M.expand_as(z).sum((2, 3), keepdim=True).clamp(min=1)
-    return torch.where(M, z, (z * M).sum((2, 3), keepdim=True) / kept)
+    exact = z.float() if z.dtype is torch.float16 else z  # the sum over a large map is more than float16 can hold
+    return torch.where(M, z, ((exact * M).sum((2, 3), keepdim=True) / kept).to(z.dtype))
 
 def other_fill(
     z: Tensor,  # feature map, B×C×H×W

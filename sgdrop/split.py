@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from .attribution import main_output, preserved
 
 # %% auto #0
-__all__ = ['evaluating', 'unwrapped', 'example_input', 'run_order', 'feature_maps', 'find_layer', 'layer_name', 'checked_layer',
-           'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'ReplayedHead', 'ReplayedTail', 'is_exact',
-           'split_model']
+__all__ = ['evaluating', 'unwrapped', 'example_input', 'run_order', 'feature_maps', 'leads_to_scores', 'find_layer', 'layer_name',
+           'checked_layer', 'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'ReplayedHead', 'ReplayedTail',
+           'is_exact', 'split_model']
 
 # %% ../nbs/02_split.ipynb #cfe8e522
 @contextmanager
@@ -100,17 +100,44 @@ def _inside_a_block(layer, maps, modules):
     around = ['.'.join(parts[:i]) for i in range(1, len(parts))]
     return any(name not in maps and type(modules[name]).forward not in (nn.Sequential.forward, nn.Module.forward) for name in around)
 
+# %% ../nbs/02_split.ipynb #4b000881
+@contextmanager
+def _hooked(module, hook):
+    "Run a forward hook for a while"
+    handle = module.register_forward_hook(hook)
+    try: yield
+    finally: handle.remove()
+
+def leads_to_scores(
+    model: nn.Module,  # a network for images
+    layer: str,  # name of a layer of it
+    *xb: Tensor,  # its input, a batch
+) -> bool:  # also True where there are no gradients that could tell
+    "Do the class scores depend on what a layer puts out, in evaluation mode?"
+    leaves = []
+    def watch(module, inputs, out):
+        if not torch.is_grad_enabled(): return out
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1].clone()
+    with evaluating(model), torch.enable_grad(), _hooked(model.get_submodule(layer), watch):
+        scores = main_output(model(*(x.detach().requires_grad_().clone() if x.is_floating_point() else x for x in xb)))
+        if not (leaves and isinstance(scores, Tensor) and scores.requires_grad): return True
+        try: return torch.autograd.grad(scores.sum(), leaves[-1], allow_unused=True)[0] is not None
+        except RuntimeError: return True  # reentrant checkpoints do not answer
+
 # %% ../nbs/02_split.ipynb #d0760f3d
 def find_layer(
     model: nn.Module,  # a network for images
     *xb: Tensor,  # its input, a batch; noise if not given
 ) -> str:  # name of a layer
     "The layer whose output is the last feature map of `model`"
-    shapes = run_order(model, *(xb or (example_input(model),)))
+    xb = xb or (example_input(model),)
+    shapes = run_order(model, *xb)
     maps = _maps_among(shapes, model)
     if not maps: raise ValueError(f'no layer of {type(model).__name__} puts out a feature map of more than one position; are the images too small?')
     modules = dict(model.named_modules())
-    layer = next((name for name in reversed(maps) if not _inside_a_block(name, maps, modules)), list(maps)[-1])
+    places = [name for name in reversed(maps) if not _inside_a_block(name, maps, modules)] or list(maps)[-1:]
+    layer = next((name for name in places if leads_to_scores(model, name, *xb)), places[0])
     after = list(shapes)[list(shapes).index(layer):]
     tokens = next((name for name in after if len(shapes[name]) == 3), None)
     if 'NHWC' in str(getattr(model, 'output_fmt', '')): raise ValueError(
@@ -143,9 +170,12 @@ def checked_layer(
     "The name of a layer that puts out a feature map"
     if layer is None: return find_layer(model, *xb)
     name = layer_name(model, layer)
-    shapes = run_order(model, *(xb or (example_input(model),)))
+    xb = xb or (example_input(model),)
+    shapes = run_order(model, *xb)
     shape = shapes.get(name)
-    if shape is not None and len(shape) == 4: return name
+    if shape is not None and len(shape) == 4:
+        if leads_to_scores(model, name, *xb): return name
+        raise ValueError(f'the class scores of {type(model).__name__} do not depend on the layer {name!r}; name one that leads to them')
     found = f'puts out a tensor of shape {tuple(shape)}' if shape is not None else 'puts out no tensor, or does not run'
     last = list(_maps_among(shapes, model))[-1:]
     hint = f' The last such layer is {last[0]!r}' if last else ''
@@ -241,13 +271,6 @@ def cut_traced(
     return tuple(TracedHalf(model, train, evaluation) for train, evaluation in zip(*cuts))
 
 # %% ../nbs/02_split.ipynb #b9696a21
-@contextmanager
-def _hooked(module, hook):
-    "Run a forward hook for a while"
-    handle = module.register_forward_hook(hook)
-    try: yield
-    finally: handle.remove()
-
 class ReplayedHead(nn.Module):
     "φ of a network that cannot be cut: a full pass that returns what the layer put out, and remembers the input"
     def __init__(self,
@@ -255,11 +278,12 @@ class ReplayedHead(nn.Module):
         layer: str,  # name of the layer whose output to return
     ):
         super().__init__()
-        self.model, self.layer, self.inputs = model, layer, None
+        self.model, self.layer, self.inputs, self.n_runs = model, layer, None, 1
 
     def forward(self, *xb: Tensor) -> Tensor:
         self.inputs, seen = xb, []
         with _hooked(self.model.get_submodule(self.layer), lambda m, i, out: seen.append(out)): self.model(*xb)
+        self.n_runs = len(seen)
         return seen[-1]
 
 # %% ../nbs/02_split.ipynb #07c3fdde
@@ -280,7 +304,14 @@ class ReplayedTail(nn.Module):
         if inputs is None: raise ValueError('this ψ repeats the whole pass and needs its input: run φ first, or set `psi.head.inputs`')
         xb = inputs if images is None else [x[images] for x in inputs]
         if len(z) != len(xb[0]): raise ValueError(f'{len(z)} feature maps, but φ last saw {len(xb[0])} images: run φ on the same batch first')
-        with _hooked(model.get_submodule(self.head.layer), lambda m, i, out: z): return main_output(model(*xb))
+        runs = []
+        def last_run(module, inputs, out):
+            runs.append(module)
+            return z if len(runs) == self.head.n_runs else out
+        with _hooked(model.get_submodule(self.head.layer), last_run): scores = main_output(model(*xb))
+        if len(runs) != self.head.n_runs: raise RuntimeError(
+            f'the layer {self.head.layer!r} ran {len(runs)} times in this pass and {self.head.n_runs} times when the network was cut; choose another layer')
+        return scores
 
 # %% ../nbs/02_split.ipynb #456d9e55
 def is_exact(
@@ -289,10 +320,11 @@ def is_exact(
     psi: nn.Module,  # ψ
     *xb: Tensor,  # input of `model`, a batch
 ) -> bool:
-    "Does ψ(φ(x)) equal f(x) to the bit, in evaluation mode?"
+    "Does ψ(φ(x)) equal f(x) to the bit, in evaluation mode and with the same random numbers?"
     with evaluating(model), evaluating(phi), evaluating(psi):
-        theirs = main_output(model(*xb))
-        try: ours = main_output(psi(phi(*xb)))
+        with preserved(model, xb[0].device): theirs = main_output(model(*xb))
+        try:
+            with preserved(model, xb[0].device): ours = main_output(psi(phi(*xb)))
         except Exception: return False  # a module may ask for more than the tensor it is given
     return ours.shape == theirs.shape and torch.equal(ours, theirs)
 
@@ -311,4 +343,6 @@ def split_model(
     warnings.warn(f'{type(model).__name__} cannot be cut behind {layer!r}, so ψ runs the whole network a second time. '
                   'It computes the same, more slowly; a layer that all information passes through avoids it.', stacklevel=2)
     head = ReplayedHead(model, layer)
+    with evaluating(model): head(*xb)  # counts how often the layer runs
+    head.inputs = None
     return head, ReplayedTail(head)

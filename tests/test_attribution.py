@@ -176,3 +176,13 @@ def test_a_map_made_in_inference_mode_will_do():
     psi = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
     with torch.inference_mode(): z = torch.rand(2, 3, 4, 4)
     assert attribute(psi, z).equal(attribute(psi, z.clone()))
+
+
+def test_a_buffer_that_is_replaced_in_the_pass_comes_back():
+    class Counts(nn.Module):
+        def __init__(self): super().__init__(); self.register_buffer('n', torch.zeros(()))
+        def forward(self, x): self.n = self.n + 1; return x
+    net = nn.Sequential(Counts(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    buffer = net[0].n
+    attribute(net, torch.randn(2, 3, 4, 4))
+    assert net[0].n is buffer and buffer == 0

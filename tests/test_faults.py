@@ -2,6 +2,7 @@
 import copy
 import gc
 import pickle
+import random
 import resource
 import warnings
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import torch
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelStepException, CancelTrainException, CancelValidException, event)
 from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.data.core import DataLoaders
 from fastai.learner import Recorder, SkipToEpoch
 from fastai.torch_core import params
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from networks import bare_loss, conv, hooked, same_weights
 from sgdrop.callback import NoEffectWarning, SGDropCallback
 from sgdrop.compare import read_rows
 from sgdrop.mask import SaliencyWarning, zero_fill
+from sgdrop.split import unwrapped
 
 TEACHERS = pytest.mark.parametrize('teacher', [None, 'head', 'full'])
 
@@ -327,6 +330,104 @@ def test_a_body_without_gradients_trains_its_head(freeze, teacher, small_net, ma
     make_learner(net).fit(1, cbs=cb)
     assert all(p.equal(q) and p.grad is None for p, q in zip(body.parameters(), small_net()[:2].parameters()))
     assert not net[-1].weight.equal(small_net()[-1].weight) and cb.history
+
+
+# Unusual networks and loops
+
+def test_a_network_compiled_in_plain_training_is_masked(small_net, make_learner):
+    learn = make_learner(torch.compile(small_net(), backend='eager'))
+    learn.fit(1)
+    cb = SGDropCallback(rho=0.3, start=0.5)
+    learn.fit(2, cbs=cb)
+    assert cb.n_dropped_images == 32
+    eager, late = make_learner(small_net()), SGDropCallback(rho=0.3, start=0.5)
+    eager.fit(1)
+    eager.fit(2, cbs=late)
+    assert same_weights(eager.model, unwrapped(learn.model))
+
+
+class ValidatesBetween(Callback):
+    "Asks for a validation itself, after every epoch"
+    busy = False
+    def after_epoch(self):
+        if self.busy: return
+        self.busy, draws = True, random.getstate()
+        with torch.random.fork_rng(devices=[]): self.learn.validate()
+        random.setstate(draws)  # for the same batches afterwards
+        self.busy = False
+
+
+@TEACHERS
+def test_a_validation_in_the_middle_of_a_fit_does_not_begin_it_anew(teacher, small_net, make_learner):
+    nets, states = [], []
+    for others in ([], [ValidatesBetween()]):
+        cb = SGDropCallback(rho=0.3, teacher=teacher, share=0.5)
+        learn = make_learner(small_net(), [cb, *others])
+        learn.fit(3)
+        nets.append(learn.model)
+        states.append((cb.n_batches, int(cb.n_dropped_images), getattr(cb.ema_teacher, 'n_updates', None)))
+    assert states[0] == states[1] and states[0][0] == 12 and same_weights(*nets)
+    learn.fit(1)
+    assert cb.n_batches == 4
+
+
+class HalfBody(nn.Module):
+    "A frozen part in half precision, as autocast allows"
+    def __init__(self, part): super().__init__(); self.part = part.bfloat16().requires_grad_(False)
+    def forward(self, x): return self.part(x)
+
+
+@TEACHERS
+def test_a_body_in_half_precision_trains_its_head_under_autocast(teacher, small_net, make_learner):
+    class Autocast(Callback):
+        order = SGDropCallback.order - 1
+        def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
+        def after_loss(self): self.cast.__exit__(None, None, None)
+    net = small_net()
+    cb = SGDropCallback(rho=0.3, teacher=teacher, layer='0')
+    make_learner(nn.Sequential(HalfBody(net[:2]), *net[2:]), [Autocast(), cb]).fit(1)
+    assert cb.n_changed > 0
+
+
+@pytest.mark.filterwarnings('ignore:.*cannot be cut')
+@TEACHERS
+def test_a_network_that_compares_two_images_learns(teacher, make_learner):
+    "With two different images in place of one twice: the scores without a mask are the network's own"
+    class Compares(nn.Module):
+        def __init__(self): super().__init__(); torch.manual_seed(0); self.encoder, self.fc = conv(3, 8), nn.Linear(16, 4)
+        def forward(self, a, b): return self.fc(torch.cat([self.encoder(t).mean((2, 3)) for t in (a, b)], 1))
+    class Unchanged(Callback):
+        order, run_valid, gaps = SGDropCallback.order + 1, False, []
+        def after_pred(self): self.gaps.append((self.pred - self.learn.sg_drop.blended.other).abs().max().item())
+    learn = make_learner(Compares(), [SGDropCallback(teacher=teacher, fill=lambda z, M: z), watch := Unchanged()])
+    x, y = learn.dls.one_batch()
+    items = list(zip(x, x.flip(0), y))
+    learn.dls = DataLoaders.from_dsets(items, items, bs=4, device='cpu', num_workers=0, n_inp=2)
+    with pytest.warns(NoEffectWarning): learn.fit(1)
+    assert watch.gaps and max(watch.gaps) < 1e-5
+
+
+def test_inputs_that_are_no_tensors_are_refused(small_net, make_learner):
+    learn = make_learner(small_net(), SGDropCallback())
+    class Wrapped(Callback):
+        def before_batch(self): self.learn.xb = (tuple(self.xb),)
+    learn.add_cb(Wrapped())
+    with pytest.raises(TypeError, match='input 0 of the network is a tuple'): learn.fit(1)
+
+
+def test_replicas_that_share_a_batch_are_refused(small_net, make_learner):
+    class InHalves(nn.Sequential):
+        "What `nn.DataParallel` does, on one device"
+        def forward(self, x): return torch.cat([super(InHalves, self).forward(half) for half in x.chunk(2)])
+    with pytest.raises(RuntimeError, match='put out 4 feature maps for 8 images; .* DistributedDataParallel'):
+        make_learner(InHalves(*small_net()), SGDropCallback(layer='1')).fit(1)
+
+
+def test_a_layer_that_runs_twice_is_none_of_several(small_net, make_learner):
+    net = small_net()
+    twice = nn.Sequential(net[0], nn.Conv2d(8, 8, 1), net[1], *net[2:])
+    with pytest.raises(RuntimeError, match='runs several times in a pass'):
+        make_learner(nn.Sequential(twice[0], twice[1], twice[1], *twice[2:]), SGDropCallback(layer=['0', '1'])).fit(1)
 
 
 # Many times, and from elsewhere

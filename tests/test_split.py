@@ -137,6 +137,48 @@ def test_a_replayed_psi_keeps_up_when_captum_expands_the_batch(cls, options):
     assert relative_gap(attribute(psi, z, labels, captum_attribution(cls, **options)), by_hand) < 1e-5
 
 
+class Compares(nn.Module):
+    "Two images, or one twice, through one encoder"
+    def __init__(self): super().__init__(); self.encoder, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(16, 2)
+    def forward(self, a, b): return self.fc(torch.cat([self.encoder(t).relu().mean((2, 3)) for t in (a, b)], 1))
+
+
+@pytest.mark.filterwarnings('ignore:.*cannot be cut')
+def test_of_several_runs_side_by_side_the_last_is_replayed():
+    net, (a, b) = Compares(), (images(4, 8), images(4, 8, 1))
+    phi, psi = split_model(net, None, a, b)
+    assert phi(a, b).equal(net.encoder(b))
+    assert psi(phi(a, b)).equal(net(a, b)) and not net(a, b).equal(net(b, b))
+    psi.head.inputs = a, b
+    assert psi(net.encoder(a)).equal(net(a, a))
+    psi.head.n_runs = 1
+    with pytest.raises(RuntimeError, match='ran 2 times in this pass and 1 times'): psi(net.encoder(b))
+
+
+class Draws(nn.Module):
+    "Scores, and a picture that is drawn after them"
+    def __init__(self): super().__init__(); self.look, self.judge, self.draw = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.ConvTranspose2d(8, 3, 3)
+    def forward(self, x):
+        z = self.look(x)
+        return self.judge(z.mean((2, 3))), self.draw(z)
+
+
+def test_a_map_that_does_not_lead_to_the_scores_is_not_taken():
+    x = images(2, 8)
+    assert find_layer(Draws(), x) == 'look'
+    with pytest.raises(ValueError, match="scores of Draws do not depend on the layer 'draw'"): split_model(Draws(), 'draw', x)
+    assert find_layer(Draws().requires_grad_(False), x) == 'look'
+
+
+def test_dropout_that_is_always_on_does_not_stand_in_the_way(recwarn):
+    class Always(nn.Module):
+        def forward(self, x): return nn.functional.dropout(x, 0.5, training=True)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), Always(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), images(2, 8)
+    state = torch.get_rng_state()
+    assert not isinstance(split_model(net, None, x)[1], ReplayedTail) and not recwarn
+    assert torch.get_rng_state().equal(state)
+
+
 class Chooses(nn.Module):
     "A forward pass that depends on its data, which no trace can follow"
     def __init__(self): super().__init__(); self.conv, self.pool, self.fc = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)

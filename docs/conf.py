@@ -33,6 +33,7 @@ python_display_short_literal_types = True
 maximum_signature_line_length = 80
 copybutton_exclude = '.linenos, .gp, .go'
 
+html_favicon = 'favicon.svg'  # browsers that find none ask for /favicon.ico
 html_theme = 'furo'
 html_title = project
 html_static_path = ['_static']

@@ -68,7 +68,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sgdrop.bench.sgdrop_variant': ('bench.html#sgdrop_variant', 'sgdrop/bench.py'),
                               'sgdrop.bench.tuned_in': ('bench.html#tuned_in', 'sgdrop/bench.py'),
                               'sgdrop.bench.tuning_plan': ('bench.html#tuning_plan', 'sgdrop/bench.py'),
-                              'sgdrop.bench.whole_seeds': ('bench.html#whole_seeds', 'sgdrop/bench.py'),
                               'sgdrop.bench.whole_table': ('bench.html#whole_table', 'sgdrop/bench.py')},
             'sgdrop.callback': { 'sgdrop.callback.BlendedLoss': ('callback.html#blendedloss', 'sgdrop/callback.py'),
                                  'sgdrop.callback.BlendedLoss.__call__': ('callback.html#blendedloss.__call__', 'sgdrop/callback.py'),

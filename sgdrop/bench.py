@@ -49,8 +49,8 @@ __all__ = ['BENCH_DATA', 'SMALL_NETWORKS', 'DEPTHS', 'PARTS', 'EPOCHS', 'SEARCH_
            'TRIES', 'TUNING', 'CELL', 'PAIR', 'CELLS', 'AS_PUBLISHED', 'BENCH_TABLES', 'benchmark_files',
            'benchmark_loaders', 'benchmark_net', 'Additions', 'ErasePerImage', 'AverageWeights', 'noisy_attribution',
            'sgdrop_variant', 'additions', 'calibration_error', 'benchmark_learner', 'run_benchmark', 'search_plan',
-           'tuning_plan', 'chosen', 'differences_to', 'whole_seeds', 'by_cell', 'forest_plot', 'benchmark_methods',
-           'benchmark_plan', 'tuned_in', 'whole_table', 'reproduced', 'main']
+           'tuning_plan', 'chosen', 'differences_to', 'by_cell', 'forest_plot', 'benchmark_methods', 'benchmark_plan',
+           'tuned_in', 'whole_table', 'reproduced', 'main']
 
 # %% ../nbs/13_bench.ipynb #6d50f998
 @dataclass(frozen=True)
@@ -380,13 +380,6 @@ def _with_partner(rows, method, against):
     "The rows of two methods whose partner is there, too, so that a table that still grows can be read"
     both = rows[rows.method.isin([method, against])]
     return both[both.groupby(PAIR).method.transform('nunique') == 2]
-
-def whole_seeds(
-    rows: pd.DataFrame,  # a run each, of a table that may still grow
-) -> pd.DataFrame:  # those of the seeds of which no run is missing
-    "The runs of the seeds that have as many as the seed with the most"
-    per_seed = rows.seed.map(rows.seed.value_counts())
-    return rows[per_seed == per_seed.max()]
 
 # %% ../nbs/13_bench.ipynb #321aa230
 def by_cell(

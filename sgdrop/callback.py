@@ -223,8 +223,9 @@ def before_train(self: SGDropCallback):
     "Forget what an earlier training left"
     goes_on = self.psis is not None and not self.resumed and self.trained == (id(self.model), self.n_epoch, self.epoch - 1)
     self.trained = id(self.model), self.n_epoch, self.epoch
-    if goes_on: self.fresh = False
-    if not self.fresh: return
+    if goes_on or not self.fresh:
+        self.fresh = False
+        return
     self.psis = self.teacher_halves = self.ema_teacher = None
     self.fresh = self.acting = self.skipped = self.cancelled = False
     self.n_batches, self.n_dropped_images, self.n_changed, self.n_not_finite, self.n_choices, self.warned, self.history = 0, 0, 0, 0, None, set(), []

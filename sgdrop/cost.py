@@ -204,10 +204,11 @@ def variant_steps(
     size: int,  # height and width of the images, pixels
     batch: int = 8,  # images per step
     device: str = 'cpu',  # 'cpu' or 'cuda'
+    variants: dict[str, Callable[[], Callback | None]] = VARIANTS,  # name → maker of a callback; with 'plain'
 ) -> tuple[dict[str, Callable[[], None]], dict[str, Learner]]:  # steps and learners, by variant
     "A training step of each variant, on the same network with the same optimizer"
     steps, learners = {}, {}
-    for name, cb in VARIANTS.items():
+    for name, cb in variants.items():
         learners[name] = step_learner(net, size, batch, device)
         learners[name].opt = learners['plain'].opt
         steps[name] = training_step(learners[name], *filter(None, [cb()]))

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import timm
 import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.vision.learner import create_vision_model
 from fastai.vision.models import resnet18
@@ -100,6 +102,20 @@ def small_network() -> nn.Module:
     "A small network of four classes, always with the same weights; its last feature map is '1'"
     torch.manual_seed(0)
     return nn.Sequential(conv(3, 8), conv(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(8, 4))
+
+
+class Compares(nn.Module):
+    "Two images, or one twice, through one encoder"
+    def __init__(self): super().__init__(); self.encoder, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(16, 4)
+    def forward(self, a, b): return self.fc(torch.cat([self.encoder(t).relu().mean((2, 3)) for t in (a, b)], 1))
+
+
+class Autocast(Callback):
+    "What MixedPrecision does on a GPU, in bfloat16 on the CPU"
+    order = MixedPrecision.order
+    def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
+    def after_pred(self): self.learn.pred = self.pred.float()
+    def after_loss(self): self.cast.__exit__(None, None, None)
 
 
 def bare_loss(learn: Learner) -> float:

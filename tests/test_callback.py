@@ -22,7 +22,7 @@ from fastai.vision.models import resnet18
 from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 
-from networks import bare_loss, build, hooked, images, same_weights
+from networks import Autocast, bare_loss, build, hooked, images, same_weights
 from sgdrop.callback import NoEffectWarning, SGDropCallback
 from sgdrop.mask import SaliencyWarning
 
@@ -377,12 +377,6 @@ def test_a_network_in_bfloat16_trains(teacher, small_net, make_learner):
 
 def test_bfloat16_by_autocast_trains_on_float32_scores(small_net, make_learner):
     learn, cb, (before, after) = make_learner(small_net()), SGDropCallback(rho=0.3), spies()
-    class Autocast(Callback):
-        "What MixedPrecision does on a GPU"
-        order = 10
-        def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
-        def after_pred(self): self.learn.pred = self.pred.float()
-        def after_loss(self): self.cast.__exit__(None, None, None)
     learn.fit(1, cbs=[Autocast(), before, after, cb])
     assert any(acted(before, after)) and all(p.dtype == torch.float32 for p in after.preds)
     assert cb.history and all(v.isfinite().all() for v in learn.model.state_dict().values())

@@ -18,7 +18,7 @@ from fastai.learner import Recorder, SkipToEpoch
 from fastai.torch_core import params
 from torch import Tensor, nn
 
-from networks import bare_loss, conv, hooked, same_weights
+from networks import Autocast, Compares, bare_loss, conv, hooked, same_weights
 from sgdrop.callback import NoEffectWarning, SGDropCallback
 from sgdrop.compare import read_rows
 from sgdrop.mask import SaliencyWarning, zero_fill
@@ -379,10 +379,6 @@ class HalfBody(nn.Module):
 
 @TEACHERS
 def test_a_body_in_half_precision_trains_its_head_under_autocast(teacher, small_net, make_learner):
-    class Autocast(Callback):
-        order = SGDropCallback.order - 1
-        def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
-        def after_loss(self): self.cast.__exit__(None, None, None)
     net = small_net()
     cb = SGDropCallback(rho=0.3, teacher=teacher, layer='0')
     make_learner(nn.Sequential(HalfBody(net[:2]), *net[2:]), [Autocast(), cb]).fit(1)
@@ -393,9 +389,6 @@ def test_a_body_in_half_precision_trains_its_head_under_autocast(teacher, small_
 @TEACHERS
 def test_a_network_that_compares_two_images_learns(teacher, make_learner):
     "With two different images in place of one twice: the scores without a mask are the network's own"
-    class Compares(nn.Module):
-        def __init__(self): super().__init__(); torch.manual_seed(0); self.encoder, self.fc = conv(3, 8), nn.Linear(16, 4)
-        def forward(self, a, b): return self.fc(torch.cat([self.encoder(t).mean((2, 3)) for t in (a, b)], 1))
     class Unchanged(Callback):
         order, run_valid, gaps = SGDropCallback.order + 1, False, []
         def after_pred(self): self.gaps.append((self.pred - self.learn.sg_drop.blended.other).abs().max().item())
@@ -424,10 +417,9 @@ def test_replicas_that_share_a_batch_are_refused(small_net, make_learner):
 
 
 def test_a_layer_that_runs_twice_is_none_of_several(small_net, make_learner):
-    net = small_net()
-    twice = nn.Sequential(net[0], nn.Conv2d(8, 8, 1), net[1], *net[2:])
+    net, twice = small_net(), nn.Conv2d(8, 8, 1)
     with pytest.raises(RuntimeError, match='runs several times in a pass'):
-        make_learner(nn.Sequential(twice[0], twice[1], twice[1], *twice[2:]), SGDropCallback(layer=['0', '1'])).fit(1)
+        make_learner(nn.Sequential(net[0], twice, twice, *net[1:]), SGDropCallback(layer=['0', '1'])).fit(1)
 
 
 # Many times, and from elsewhere

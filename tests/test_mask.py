@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attributions import made
-from sgdrop.mask import FILLS, SaliencyWarning, kept_evidence, kept_mean_fill, mask_share, saliency_mask
+from sgdrop.mask import FILLS, SaliencyWarning, kept_evidence, mask_share, saliency_mask
 
 GRANULARITIES = ['element', 'spatial', 'channel']
 SUMMED = dict(element=(), spatial=(1,), channel=(2, 3))
@@ -229,5 +229,5 @@ def test_a_hole_is_filled_as_a_slow_derivation_fills_it(fill, A, thousandths, gr
 def test_in_half_precision_the_mean_of_a_large_map_does_not_overflow():
     z, M = torch.full((1, 2, 112, 112), 25., dtype=torch.float16), torch.ones(1, 1, 112, 112, dtype=torch.bool)
     M[..., :50] = False
-    filled = kept_mean_fill(z, M)
+    filled = FILLS['kept_mean'](z, M)
     assert filled.dtype is torch.float16 and filled.equal(z)

@@ -10,7 +10,7 @@ from fastai.layers import MergeLayer, SequentialEx
 from torch import nn
 from torchvision import models as tv
 
-from networks import NETWORKS, build, hooked, images, relative_gap
+from networks import NETWORKS, Compares, build, hooked, images, relative_gap
 from sgdrop.attribution import attribute, captum_attribution, main_output
 from sgdrop.split import ReplayedTail, find_layer, split_model
 
@@ -135,12 +135,6 @@ def test_a_replayed_psi_keeps_up_when_captum_expands_the_batch(cls, options):
     gradient = model.fc.weight[labels] * x.mean((2, 3)) / 36   # linear, so every path from zero to z says the same
     by_hand = (z * gradient[:, :, None, None]).clamp(min=0)
     assert relative_gap(attribute(psi, z, labels, captum_attribution(cls, **options)), by_hand) < 1e-5
-
-
-class Compares(nn.Module):
-    "Two images, or one twice, through one encoder"
-    def __init__(self): super().__init__(); self.encoder, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(16, 2)
-    def forward(self, a, b): return self.fc(torch.cat([self.encoder(t).relu().mean((2, 3)) for t in (a, b)], 1))
 
 
 @pytest.mark.filterwarnings('ignore:.*cannot be cut')

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['GRAPH_METHODS', 'main_output', 'class_scores', 'predicted_classes', 'numbered_classes', 'weighted_classes',
-           'target_classes', 'grad_x_act', 'gradcam', 'captum_attribution', 'preserved', 'attribution_function',
-           'checked_attribution', 'attribute', 'shuffled_attribution']
+__all__ = ['GRAPH_METHODS', 'main_output', 'class_scores', 'class_mask', 'grad_x_act', 'gradcam', 'captum_attribution',
+           'preserved', 'attribution_function', 'checked_attribution', 'attribute', 'shuffled_attribution']
 
 # %% ../nbs/00_attribution.ipynb #6d53b483
 def main_output(
@@ -36,50 +35,45 @@ def class_scores(
     raise ValueError(f'expected class scores of shape B×K with K ≥ 2, but the network returned {found}. Saliency needs one score '
                      'per image and class: segmentation (B×K×H×W) and regression have none; for a yes/no task give the network two classes.')
 
-# %% ../nbs/00_attribution.ipynb #d01a062a
-def predicted_classes(
-    scores: Tensor,  # class scores, B×K
-) -> Tensor:  # bool, B×K, one True per row
-    "The class with the highest score, as a boolean table"
-    return nn.functional.one_hot(scores.argmax(1), scores.shape[1]).bool()
-
 # %% ../nbs/00_attribution.ipynb #a0987a71
-def numbered_classes(
-    numbers: Tensor,  # class numbers, a scalar or B of them
-    scores: Tensor,  # class scores, B×K
-) -> Tensor:  # bool, B×K, one True per row
-    "Classes given by number, as a boolean table"
-    n, k = scores.shape
-    if numbers.numel() and not (0 <= numbers.min() and numbers.max() < k):
+def _numbered_classes(numbers, k, check):
+    "Turn class numbers into a boolean table with `k` columns"
+    if check and numbers.numel() and not (0 <= numbers.min() and numbers.max() < k):
         wrong = numbers[(numbers < 0) | (numbers >= k)].flatten()[0].item()
-        raise ValueError(f'target holds class {wrong}; the network scores classes 0 to {k - 1}.')
-    return nn.functional.one_hot(numbers.long().expand(n), k).bool()
+        raise ValueError(
+            f'target holds class {wrong}; the network scores classes 0 to {k - 1}.')
+    return numbers.view(-1, 1) == torch.arange(k, device=numbers.device)
 
 # %% ../nbs/00_attribution.ipynb #9a31b0dd
-def weighted_classes(
-    weights: Tensor,  # label weights from 0 to 1, B×K
-) -> Tensor:  # bool, B×K
-    "The labels that weigh most: all of a multi-label row, the stronger one of a MixUp or CutMix row"
-    if weights.numel() and not (0 <= weights.min() and weights.max() <= 1):
+def _weighted_classes(weights, check):
+    "Turn label weights into a boolean table of the labels that count"
+    if check and weights.numel() and not (0 <= weights.min() and weights.max() <= 1):
         found = f'{weights.min().item():.3g} to {weights.max().item():.3g}'
-        raise ValueError(f'label weights lie between 0 and 1, but target holds {found}: are these regression targets?')
-    return (weights > 0) & ((weights == weights.amax(1, keepdim=True)) | (weights > 0.5))
+        raise ValueError('label weights lie between 0 and 1, but target holds '
+                         f'{found}: are these regression targets?')
+    largest = weights == weights.amax(1, keepdim=True)
+    return (weights > 0) & (largest | (weights > 0.5))
 
 # %% ../nbs/00_attribution.ipynb #cdf3a119
-def target_classes(
-    target: str | int | Tensor,  # 'predicted'; a class number; B class numbers; or B×K label weights
-    scores: Tensor,  # class scores, B×K
-) -> Tensor:  # bool, B×K: True where a class's score counts
-    "Which classes' scores are attributed, for any way of saying it"
-    if isinstance(target, str) and target == 'predicted': return predicted_classes(scores)
+def class_mask(
+    # 'predicted'; a class number; B class numbers; or B×K label weights
+    target: str | int | Tensor,
+    logits: Tensor,  # B×K
+    check: bool = True,  # look at the values of `target`? On a GPU that waits for it
+) -> Tensor:  # bool, B×K: True where a class's logit counts
+    "Return which classes' logits are attributed, for any target format"
+    if isinstance(target, str) and target == 'predicted':
+        return _numbered_classes(logits.argmax(1), logits.shape[1], check=False)
     if isinstance(target, (int, Tensor)) and not isinstance(target, bool):
-        t = torch.as_tensor(target, device=scores.device).as_subclass(Tensor)
-        if t.shape == scores.shape: return weighted_classes(t.float())
+        t = torch.as_tensor(target, device=logits.device).as_subclass(Tensor)
+        if t.shape == logits.shape: return _weighted_classes(t.float(), check)
         whole = not t.is_floating_point() and t.dtype != torch.bool
-        if whole and t.shape in (torch.Size(()), scores.shape[:1]): return numbered_classes(t, scores)
+        if whole and t.shape in (torch.Size(()), logits.shape[:1]):
+            return _numbered_classes(t, logits.shape[1], check).expand(logits.shape)
         target = f'a {t.dtype} tensor of shape {tuple(t.shape)}'
-    raise ValueError(f"target must be 'predicted', a class number, {len(scores)} class numbers, or "
-                     f'label weights of shape {tuple(scores.shape)}; got {reprlib.repr(target)}.')
+    raise ValueError(
+        f"target must be 'predicted', a class number, {len(logits)} class numbers, or "
+        f'label weights of shape {tuple(logits.shape)}; got {reprlib.repr(target)}.')
 
 # %% ../nbs/00_attribution.ipynb #c876f4f0
 def grad_x_act(
@@ -89,7 +83,7 @@ def grad_x_act(
 ) -> Tensor:  # attribution ≥ 0, shape of `z`, float32
     "ReLU(∇ψ_c(z) ⊙ z), the paper's attribution (section 3), from a graph that is there already"
     gradient, = torch.autograd.grad(scores, z, grad_outputs=classes.to(scores.dtype), retain_graph=True)
-    return (gradient.float() * z.detach().float()).clamp(min=0)
+    return (gradient.float() * z.detach()).relu_()
 
 # %% ../nbs/00_attribution.ipynb #3c9ae595
 def gradcam(
@@ -104,15 +98,14 @@ def gradcam(
 
 # %% ../nbs/00_attribution.ipynb #09772ace
 class _SummedScore(nn.Module):
-    "The summed score of some classes, as captum wants it: one number per image, with the feature map as the output of a layer"
+    "The summed logit of some classes: one number per image, as captum wants it"
     def __init__(self, psi):
         super().__init__()
         self.feature_map, self.psi = nn.Identity(), psi
 
-    def forward(self, z, classes, images):
-        which = dict(images=images) if getattr(self.psi, 'needs_images', False) else {}
-        scores = class_scores(self.psi(self.feature_map(z).clone(), **which))
-        return torch.where(classes, scores, 0).sum(1)
+    def forward(self, z, classes):
+        logits = class_scores(self.psi(self.feature_map(z).clone()))
+        return torch.where(classes, logits, 0).sum(1)
 
 # %% ../nbs/00_attribution.ipynb #57e4fe3c
 def captum_attribution(
@@ -121,8 +114,9 @@ def captum_attribution(
 ) -> Callable:  # attribution function of (psi, z, classes)
     "Use captum's layer attribution `cls` on the feature map"
     def attribution(psi, z, classes):
-        score, images = _SummedScore(psi), torch.arange(len(z), device=z.device)
-        out = cls(score, score.feature_map).attribute(z, additional_forward_args=(classes, images), **options)
+        score = _SummedScore(psi)
+        method = cls(score, score.feature_map)
+        out = method.attribute(z, additional_forward_args=classes, **options)
         return out[0] if isinstance(out, tuple) else out
     return attribution
 
@@ -172,7 +166,7 @@ def checked_attribution(
 def attribute(
     psi: Callable,  # ψ, from feature map to class scores; usually a module
     z: Tensor,  # feature map, B×C×H×W
-    target: str | int | Tensor = 'predicted',  # whose score: see `target_classes`
+    target: str | int | Tensor = 'predicted',  # whose score: see `class_mask`
     method: str | type | Callable = 'grad_x_act',  # 'grad_x_act', 'gradcam', a captum layer attribution, or a function of (psi, z, classes)
 ) -> Tensor:  # attribution ≥ 0, shape of `z` (or B×1×H×W), float32, detached
     "Where on the feature map `z` the evidence for a class lies: A_ψ(z, c), without a trace on ψ"
@@ -180,7 +174,7 @@ def attribute(
     z = (z.clone() if z.is_inference() else z).detach().as_subclass(Tensor).requires_grad_()
     with torch.enable_grad(), preserved(psi, z.device):
         scores = class_scores(psi(z.clone()))  # a clone, since ψ may begin with an in-place ReLU
-        classes = target_classes(target, scores.detach())
+        classes = class_mask(target, scores.detach())
         A = compute(scores if isinstance(method, str) else psi, z, classes)
     return checked_attribution(A, z)
 

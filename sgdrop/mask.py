@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_mask.ipynb #102c1830
 from __future__ import annotations
-import math, warnings
+import math
 from collections.abc import Callable
 from numbers import Real
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['SUMMED_OVER', 'FILLS', 'check_fraction', 'n_dropped', 'saliency_threshold', 'above_threshold', 'group_attribution',
-           'SaliencyWarning', 'finite_rows', 'saliency_mask', 'kept_evidence', 'zero_fill', 'mean_fill',
-           'kept_mean_fill', 'other_fill', 'scaled_fill', 'fill_function', 'mask_share']
+           'SaliencyWarning', 'saliency_mask', 'kept_evidence', 'zero_fill', 'mean_fill', 'swap_fill', 'kept_mean_fill',
+           'rescale_fill', 'fill_function']
 
 # %% ../nbs/01_mask.ipynb #4fbd9e39
 def check_fraction(
@@ -72,26 +72,15 @@ def group_attribution(
 class SaliencyWarning(UserWarning):
     "Something about the saliency mask that the user should know"
 
-def finite_rows(
-    A: Tensor,  # one row per image, B×N
-) -> Tensor:  # bool, B×1
-    "Which rows are all finite; warns of the others"
-    finite = A.isfinite().all(dim=1, keepdim=True)
-    if not finite.all():
-        warnings.warn(f'{(~finite).sum().item()} of {len(A)} attributions hold NaN or infinity; nothing is dropped there.',
-                      SaliencyWarning, stacklevel=3)
-    return finite
-
 # %% ../nbs/01_mask.ipynb #70032faf
 def saliency_mask(
     A: Tensor,  # attribution ≥ 0, B×C×H×W or B×1×H×W
     rho: float,  # share to drop, in [0, 1)
     granularity: str = 'element',  # 'element', 'spatial' or 'channel'
 ) -> Tensor:  # bool, True = keep; B×C×H×W, or 1 in each dimension that shares a decision
-    "M = 1[A ≤ q_ρ]: keep all but the most salient share `rho` of each image (Bertoin et al. 2024, section 3)"
+    "Keep all but the most salient share `rho` (Bertoin et al. 2024, section 3)"
     grouped = group_attribution(A, granularity)
-    rows = grouped.flatten(1)
-    return ~(above_threshold(rows, rho) & finite_rows(rows)).view_as(grouped)
+    return ~above_threshold(grouped.flatten(1), rho).view_as(grouped)
 
 # %% ../nbs/01_mask.ipynb #5131b4f4
 def kept_evidence(
@@ -102,65 +91,65 @@ def kept_evidence(
     return (A * M).flatten(1).sum(1) / A.flatten(1).sum(1)
 
 # %% ../nbs/01_mask.ipynb #cef441d8
+def _put(value, z, M):
+    "Put `value` into the holes of `z`"
+    keep = M.to(z.dtype)
+    return torch.addcmul(z * keep, 1 - keep, value)
+
 def zero_fill(
     z: Tensor,  # feature map, B×C×H×W
     M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
 ) -> Tensor:  # of the shape of `z`
-    "Zeros in the holes: z ⊙ M, as in the paper"
-    return z * M
+    "Put zeros into the holes: z ⊙ M, as in the paper"
+    return z * M.to(z.dtype)
 
 def mean_fill(
     z: Tensor,  # feature map, B×C×H×W
     M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
 ) -> Tensor:  # of the shape of `z`
-    "The channel's mean over the image in the holes"
-    return torch.where(M, z, z.mean((2, 3), keepdim=True))
+    "Put the channel's mean over the image into the holes"
+    return _put(z.mean((2, 3), keepdim=True), z, M)
 
+def swap_fill(
+    z: Tensor,  # feature map, B×C×H×W
+    M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
+) -> Tensor:  # of the shape of `z`
+    "Put what the previous image of the batch has there into the holes"
+    return _put(z.roll(1, 0), z, M)
+
+# %% ../nbs/01_mask.ipynb #0cf8cc3f
 def kept_mean_fill(
     z: Tensor,  # feature map, B×C×H×W
     M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
 ) -> Tensor:  # of the shape of `z`
-    "The mean of what the channel keeps in the holes; zero where it keeps nothing"
-    kept = M.expand_as(z).sum((2, 3), keepdim=True).clamp(min=1)
-    exact = z.float() if z.dtype is torch.float16 else z  # the sum over a large map is more than float16 can hold
-    return torch.where(M, z, ((exact * M).sum((2, 3), keepdim=True) / kept).to(z.dtype))
+    "Put the mean of what the channel keeps into the holes; zero where it keeps nothing"
+    keep = M.to(z.dtype)
+    kept = z * keep
+    wide = torch.promote_types(z.dtype, torch.float32)  # a sum can exceed float16
+    total, n = (t.sum((2, 3), keepdim=True, dtype=wide) for t in (kept, keep))
+    return torch.addcmul(kept, 1 - keep, (total / n.clamp(min=1)).to(z.dtype))
 
-def other_fill(
+def rescale_fill(
     z: Tensor,  # feature map, B×C×H×W
     M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
 ) -> Tensor:  # of the shape of `z`
-    "What the previous image of the batch has there in the holes"
-    return torch.where(M, z, z.roll(1, 0))
-
-# %% ../nbs/01_mask.ipynb #0cf8cc3f
-def scaled_fill(
-    z: Tensor,  # feature map, B×C×H×W
-    M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
-) -> Tensor:  # of the shape of `z`
-    "Zeros in the holes, and the rest of each image scaled up to the mean size (|z|) it had with them"
-    kept = z * M
+    "Put zeros into the holes, and scale the rest up to the former mean of |z|"
+    kept = zero_fill(z, M)
     before, after = (t.abs().mean((1, 2, 3), keepdim=True) for t in (z, kept))
     left = after > 0
-    return kept * torch.where(left, before / torch.where(left, after, 1), 1)  # no division by zero: its gradient would be NaN
+    safe = torch.where(left, after, 1)  # the gradient of a division by zero is NaN
+    return kept * torch.where(left, before / safe, 1)
 
 # %% ../nbs/01_mask.ipynb #8215cad9
-FILLS = dict(zero=zero_fill, mean=mean_fill, kept_mean=kept_mean_fill, other=other_fill, scaled=scaled_fill)  # name → function of (z, M)
+FILLS = dict(  # name → function of (z, M)
+    zero=zero_fill, mean=mean_fill, kept_mean=kept_mean_fill, swap=swap_fill,
+    rescale=rescale_fill)
 
 def fill_function(
-    fill: str | Callable,  # 'zero', 'mean', 'kept_mean', 'other', 'scaled', or a function of (z, M)
+    fill: str | Callable,  # a name in `FILLS`, or a function of (z, M)
 ) -> Callable:  # function of (z, M)
-    "What puts something into the holes, or a `ValueError` that lists what is known"
+    "Return the fill of that name, or raise a `ValueError` that lists the names"
     if callable(fill): return fill
     if isinstance(fill, str) and fill in FILLS: return FILLS[fill]
-    raise ValueError(f'fill must be one of {list(FILLS)} or a function of (z, M), got {fill!r}')
-
-# %% ../nbs/01_mask.ipynb #e70efd79
-def mask_share(
-    M: Tensor,  # mask, True = keep, B first
-    share: float,  # probability that an image is masked, in [0, 1]
-    generator: torch.Generator | None = None,  # source of the choice, on the CPU; torch's own if None
-) -> Tensor:  # mask of the same shape
-    "The mask `M` on a random share of the images; the others keep everything"
-    if check_fraction('share', share, closed=True) == 1: return M
-    whole = torch.rand(len(M), generator=generator) >= share
-    return M | whole.to(M.device).view(-1, *[1] * (M.ndim - 1))
+    raise ValueError(
+        f'fill must be one of {list(FILLS)} or a function of (z, M), got {fill!r}')

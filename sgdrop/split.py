@@ -4,9 +4,11 @@
 
 # %% ../nbs/02_split.ipynb #1bea41a4
 from __future__ import annotations
-import difflib, warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import combinations, count
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,8 +17,8 @@ from .attribution import main_output, preserved
 
 # %% auto #0
 __all__ = ['evaluating', 'unwrapped', 'example_input', 'run_order', 'feature_maps', 'leads_to_scores', 'find_layer', 'layer_name',
-           'checked_layer', 'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'ReplayedHead', 'ReplayedTail',
-           'is_exact', 'split_model']
+           'checked_layer', 'resolve_layers', 'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'tapped',
+           'edited', 'is_exact', 'split_model']
 
 # %% ../nbs/02_split.ipynb #cfe8e522
 @contextmanager
@@ -181,6 +183,31 @@ def checked_layer(
     hint = f' The last such layer is {last[0]!r}' if last else ''
     raise ValueError(f'the layer {name!r} {found}; SGDrop needs a feature map B×C×H×W.{hint}')
 
+# %% ../nbs/02_split.ipynb #2252880a
+def _last_part(model, name):
+    "Return the layer whose output a plain `nn.Sequential` puts out"
+    while type(model.get_submodule(name)).forward is nn.Sequential.forward:
+        name = f'{name}.{list(model.get_submodule(name)._modules)[-1]}'
+    return name
+
+def resolve_layers(
+    model: nn.Module,  # a network for images
+    # a layer by name or itself, or several in a list; None for the last feature map
+    layer: str | nn.Module | list | None,
+    *xb: Tensor,  # input of `model`, a batch; noise if not given
+) -> list[str]:  # their names
+    "Return the names of layers that put out feature maps, in the order in which they run"
+    several = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+    if not several: raise ValueError('layer is an empty list; name at least one layer, '
+                                     'or give None for the last feature map')
+    names = [checked_layer(model, each, *xb) for each in several]
+    if len(names) == 1: return names
+    names = [_last_part(model, name) for name in names]
+    for a, b in combinations(sorted(names), 2):
+        if f'{b}.'.startswith(f'{a}.'): raise ValueError(
+            f'the layers {a!r} and {b!r} overlap; name layers that follow one another')
+    return sorted(names, key=list(run_order(model, *(xb or (example_input(model),)))).index)
+
 # %% ../nbs/02_split.ipynb #2412ee2f
 def cut_sequential(
     model: nn.Module,  # a network
@@ -271,47 +298,34 @@ def cut_traced(
     return tuple(TracedHalf(model, train, evaluation) for train, evaluation in zip(*cuts))
 
 # %% ../nbs/02_split.ipynb #b9696a21
-class ReplayedHead(nn.Module):
-    "φ of a network that cannot be cut: a full pass that returns what the layer put out, and remembers the input"
-    def __init__(self,
-        model: nn.Module,  # the whole network
-        layer: str,  # name of the layer whose output to return
-    ):
-        super().__init__()
-        self.model, self.layer, self.inputs, self.n_runs = model, layer, None, 1
+@contextmanager
+def tapped(
+    model: nn.Module,  # the network that will run
+    *layers: str,  # names of the layers to note
+) -> Iterator[list[list[Tensor]]]:  # for each layer, the output of each of its runs
+    "Note what layers put out, as tensors that gradients can be taken of"
+    outs = [[] for _ in layers]
+    def note(i, module, inputs, out):
+        out = out.as_subclass(Tensor)
+        outs[i].append(out if out.requires_grad else out.detach().requires_grad_())
+        with torch.enable_grad(): return outs[i][-1].clone()
+    with ExitStack() as hooks:
+        for i, name in enumerate(layers):
+            hooks.enter_context(_hooked(model.get_submodule(name), partial(note, i)))
+        yield outs
 
-    def forward(self, *xb: Tensor) -> Tensor:
-        self.inputs, seen = xb, []
-        with _hooked(self.model.get_submodule(self.layer), lambda m, i, out: seen.append(out)): self.model(*xb)
-        self.n_runs = len(seen)
-        return seen[-1]
-
-# %% ../nbs/02_split.ipynb #07c3fdde
-class ReplayedTail(nn.Module):
-    "ψ of a network that cannot be cut: a second full pass on the same input, with `z` in place of the layer's output"
-    needs_images = True
-    def __init__(self,
-        head: ReplayedHead,  # φ, which remembers the input
-    ):
-        super().__init__()
-        self.head = head
-
-    def forward(self,
-        z: Tensor,  # feature map, B×C×H×W
-        images: Tensor | None = None,  # which of the inputs each row of `z` belongs to; None for one after the other
-    ) -> Tensor:  # class scores, B×K
-        inputs, model = self.head.inputs, self.head.model
-        if inputs is None: raise ValueError('this ψ repeats the whole pass and needs its input: run φ first, or set `psi.head.inputs`')
-        xb = inputs if images is None else [x[images] for x in inputs]
-        if len(z) != len(xb[0]): raise ValueError(f'{len(z)} feature maps, but φ last saw {len(xb[0])} images: run φ on the same batch first')
-        runs = []
-        def last_run(module, inputs, out):
-            runs.append(module)
-            return z if len(runs) == self.head.n_runs else out
-        with _hooked(model.get_submodule(self.head.layer), last_run): scores = main_output(model(*xb))
-        if len(runs) != self.head.n_runs: raise RuntimeError(
-            f'the layer {self.head.layer!r} ran {len(runs)} times in this pass and {self.head.n_runs} times when the network was cut; choose another layer')
-        return scores
+# %% ../nbs/02_split.ipynb #b6e73339
+@contextmanager
+def edited(
+    model: nn.Module,  # the network that will run
+    layer: str,  # name of the layer
+    change: Callable[[Tensor], Tensor],  # from its output to another
+    run: int = 1,  # which of its runs to change, from 1
+) -> Iterator[None]:
+    "Change what a layer puts out"
+    runs = count(1)
+    def edit(module, inputs, out): return change(out) if next(runs) == run else out
+    with _hooked(model.get_submodule(layer), edit): yield
 
 # %% ../nbs/02_split.ipynb #456d9e55
 def is_exact(
@@ -331,18 +345,16 @@ def is_exact(
 # %% ../nbs/02_split.ipynb #914ee43c
 def split_model(
     model: nn.Module,  # a network for images
-    layer: str | nn.Module | None = None,  # where to cut: a layer by name or itself; None for the last feature map
+    # where to cut: a layer by name or itself; None for the last feature map
+    layer: str | nn.Module | None = None,
     *xb: Tensor,  # input of `model`, a batch; noise if not given
-) -> tuple[nn.Module, nn.Module]:  # φ and ψ, which share the modules of `model`
-    "Cut a network behind a layer: φ from image to feature map, ψ from feature map to class scores"
+) -> tuple[nn.Module, nn.Module]:  # body φ and head ψ, which share the modules of `model`
+    "Cut a network behind a layer: from image to feature map, and from there to logits"
     xb = xb or (example_input(model),)
     layer = checked_layer(model, layer, *xb)
     for cut in (cut_sequential, cut_traced):
         halves = cut(model, layer)
         if halves and is_exact(model, *halves, *xb): return halves
-    warnings.warn(f'{type(model).__name__} cannot be cut behind {layer!r}, so ψ runs the whole network a second time. '
-                  'It computes the same, more slowly; a layer that all information passes through avoids it.', stacklevel=2)
-    head = ReplayedHead(model, layer)
-    with evaluating(model): head(*xb)  # counts how often the layer runs
-    head.inputs = None
-    return head, ReplayedTail(head)
+    raise ValueError(
+        f'{type(model).__name__} cannot be cut behind {layer!r}: what follows needs more '
+        'than this feature map. Name a layer that all information passes through.')

@@ -4,17 +4,19 @@
 
 # %% ../nbs/03_teacher.ipynb #4485f1d5
 from __future__ import annotations
+from contextlib import nullcontext
 from copy import deepcopy
 from types import FunctionType
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .attribution import class_scores
 from .mask import check_fraction
+from .split import split_model, tapped
 
 # %% auto #0
-__all__ = ['warm_decay', 'in_float32', 'copy_without_watchers', 'EMATeacher', 'fast_dtype', 'teacher_map']
+__all__ = ['warm_decay', 'in_float32', 'copy_without_watchers', 'EMATeacher', 'HeadTeacher', 'fast_dtype', 'FullTeacher']
 
 # %% ../nbs/03_teacher.ipynb #a508e2bc
 def warm_decay(
@@ -61,26 +63,40 @@ class EMATeacher(nn.Module):
 
     def forward(self, *xb: Tensor) -> object: return self.module(*map(in_float32, xb))
 
-# %% ../nbs/03_teacher.ipynb #81e8fa59
-@patch
-@torch.no_grad()
-def update(self: EMATeacher,
-    student: nn.Module,  # the network to follow, after an optimizer step
-) -> None:
-    "Move towards the student: average the parameters, carry the buffers"
-    decay = warm_decay(self.decay, self.n_updates) if self.warmup else self.decay
-    ours, theirs = list(self.module.parameters()), list(student.parameters())
-    pairs = list(zip(ours, theirs, strict=True))
-    if pairs: torch._foreach_lerp_(ours, [their.to(our) for our, their in pairs], 1 - decay)
-    for b, theirs in zip(self.module.buffers(), student.buffers(), strict=True): b.copy_(theirs)
-    self.n_updates += 1
+    @torch.no_grad()
+    def update(self,
+        student: nn.Module,  # the network to follow, after an optimizer step
+    ) -> None:
+        "Move towards the student: average the parameters, carry the buffers"
+        decay = warm_decay(self.decay, self.n_updates) if self.warmup else self.decay
+        ours, theirs = list(self.module.parameters()), list(student.parameters())
+        pairs = list(zip(ours, theirs, strict=True))
+        if pairs: torch._foreach_lerp_(ours, [p.to(our) for our, p in pairs], 1 - decay)
+        buffers = zip(self.module.buffers(), student.buffers(), strict=True)
+        for ours, theirs in buffers: ours.copy_(theirs)
+        self.n_updates += 1
 
-# %% ../nbs/03_teacher.ipynb #fe4918c4
-@patch
-def get_extra_state(self: EMATeacher) -> dict: return dict(n_updates=self.n_updates)
+    def get_extra_state(self) -> dict: return dict(n_updates=self.n_updates)
+    def set_extra_state(self, state: dict) -> None: self.n_updates = state['n_updates']
 
-@patch
-def set_extra_state(self: EMATeacher, state: dict) -> None: self.n_updates = state['n_updates']
+# %% ../nbs/03_teacher.ipynb #91be0727
+class HeadTeacher(EMATeacher):
+    "A teacher that copies only heads, and explains the student's own feature maps"
+    def __init__(self,
+        student: nn.ModuleList,  # the heads to copy and follow, one per layer
+        layers: list[str],  # the layers that they follow; not used
+        decay: float = 0.99,  # see `EMATeacher`
+    ): super().__init__(student, decay)
+
+    def heads(self, *xb: Tensor) -> nn.ModuleList: return self.module
+
+    def look(self,
+        xb: list[Tensor],  # input of the network, a batch; not used
+        maps: list[Tensor],  # the student's feature map for each head, B×C×H×W
+    ) -> tuple[list[Tensor], list[Tensor]]:  # logits, B×K, and feature map, per layer
+        "Return the teacher's logits, and the feature maps that they are computed from"
+        zs = [in_float32(z.detach()).requires_grad_() for z in maps]
+        return [class_scores(head(z.clone())) for head, z in zip(self.module, zs)], zs
 
 # %% ../nbs/03_teacher.ipynb #baf6e77c
 def fast_dtype(
@@ -93,15 +109,34 @@ def fast_dtype(
     return torch.bfloat16 if fast else torch.float32
 
 # %% ../nbs/03_teacher.ipynb #6e464e6d
-@torch.inference_mode()
-def teacher_map(
-    phi: nn.Module,  # φ', in evaluation mode
-    *xb: Tensor,  # its input, a batch
-    dtype: torch.dtype | None = None,  # precision of the pass; None for the fast one
-) -> Tensor:  # z', B×C×H×W, float32
-    "φ'(x), for a mask and nothing else"
-    xb = [in_float32(x.as_subclass(Tensor)) for x in xb]
-    dtype = dtype or fast_dtype(xb[0].device)
-    if dtype == torch.float32: return phi(*xb).float()
-    xb = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in xb]
-    with torch.autocast(xb[0].device.type, dtype): return phi(*xb).float().contiguous()
+class FullTeacher(EMATeacher):
+    "A teacher that copies the whole network, and explains feature maps of its own"
+    def __init__(self,
+        student: nn.Module,  # the network to copy and follow
+        layers: list[str],  # names of the layers whose outputs are explained
+        decay: float = 0.99,  # see `EMATeacher`
+        dtype: torch.dtype | None = None,  # of the forward pass; None for `fast_dtype`
+    ):
+        super().__init__(student, decay)
+        self.layers, self.dtype = layers, dtype
+
+    def heads(self,
+        *xb: Tensor,  # an input of the network, a batch
+    ) -> list[nn.Module]:  # for each layer, from feature map to logits
+        "Cut the teacher's network behind each of its layers"
+        xb = [in_float32(x) for x in xb]
+        return [split_model(self.module, name, *xb)[1] for name in self.layers]
+
+    def look(self,
+        xb: list[Tensor],  # input of the network, a batch
+        maps: list[Tensor],  # the student's feature maps; not used
+    ) -> tuple[list[Tensor], list[Tensor]]:  # logits, B×K, and feature map, per layer
+        "Return the teacher's logits, and the feature maps that they are computed from"
+        dtype, autocast = self.dtype or fast_dtype(xb[0].device), nullcontext()
+        if dtype != torch.float32:
+            autocast = torch.autocast(xb[0].device.type, dtype)
+            xb = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+                  for x in xb]
+        with autocast, tapped(self.module, *self.layers) as runs:
+            logits = class_scores(self(*xb))
+        return [logits] * len(runs), [zs[-1] for zs in runs]

@@ -52,19 +52,16 @@ def data(
     from sgdrop.data import IMAGE_SETS, fetch_set, missing_sets
     from sgdrop.demo import OneLineParser, complain
     about = "Fetch the image sets into fastai's data folder."
-    parser = OneLineParser('sgdrop-data', description=about)
-    parser.add_argument('name', nargs='?', choices=list(IMAGE_SETS), help='default: all')
-    parser.add_argument('--missing', action='store_true',
-                        help='only name the sets that are missing')
-    args, missing, status = parser.parse_args(argv), missing_sets(), 0
-    names = [args.name] if args.name else list(IMAGE_SETS)
+    p = OneLineParser('sgdrop-data', description=about)
+    p.add_argument('name', nargs='?', choices=list(IMAGE_SETS), help='default: all')
+    p.add_argument('--missing', action='store_true', help='only name missing sets')
+    args, missing, status = p.parse_args(argv), missing_sets(), 0
     if args.missing:
-        sys.stdout.write(' '.join(name for name in names if name in missing) + '\n')
+        sys.stdout.write(' '.join(missing) + '\n')
         return 0
-    for name in names:
-        try: folder = fetch_set(name)
+    for name in [args.name] if args.name else IMAGE_SETS:
+        how = 'fetched' if name in missing else 'already there'
+        try: sys.stdout.write(f'{name}: {fetch_set(name)} ({how})\n')
         except OSError as e: status = complain('sgdrop-data', e, 1)
-        else:
-            how = 'fetched' if name in missing else 'already there'
-            sys.stdout.write(f'{name}: {folder} ({how})\n')
+        except KeyboardInterrupt: return complain('sgdrop-data', 'interrupted', 130)
     return status

@@ -142,8 +142,9 @@ def fetch_set(
     url, home = IMAGE_SETS[name][0], fastai_cfg().path('data') / IMAGE_SETS[name][1]
     try: return untar_data(url)
     except Exception as e:  # fastai raises a bare one if the checksum is wrong
-        raise FileNotFoundError(f'{name} is not on this machine and could not be downloaded '
-                                f'from {url} ({e}); its folder belongs at {home}') from e
+        raise FileNotFoundError(
+            f'{name} is not on this machine and could not be downloaded '
+            f'from {url} ({e}); its folder belongs at {home}') from e
 
 # %% ../nbs/07_data.ipynb #02ad45b4
 # folder → what its photographs show

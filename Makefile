@@ -8,6 +8,8 @@ SAY = @printf '\n== %s\n'
 # The warning is PyTorch's, about fastai; none of it belongs in stored outputs.
 QUIET = OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore::FutureWarning:torch.jit._script
 NBTEST = $(QUIET) "$(BIN)/nbdev-test" --n-workers 2 --timing
+# Which image sets are missing? Cells marked photographs run only where none is.
+MISSING = missing=$$("$(BIN)/sgdrop-data" --missing) || exit 1
 
 .PHONY: help demo bench test coverage oldest synced readme-current notebooks nbs readme docs docs-serve docs-check
 .NOTPARALLEL:
@@ -24,6 +26,10 @@ bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: a
 test: synced readme-current docs notebooks  ## check that notebooks, modules and README agree, make the site, run notebooks and pytest (which checks the site, too)
 	$(SAY) 'pytest'
 	@$(QUIET) "$(BIN)/pytest" -q
+	@$(MISSING); [ -z "$$missing" ] || { cd nbs; \
+	printf '\nLeft out, since image sets are missing (%s): tests marked photographs, and cells marked so in' "$$missing"; \
+	grep -rl --include='*.ipynb' '"#| photographs' . | sort | sed 's|^\./| |; s|\.ipynb||' | tr -d '\n'; \
+	printf '.\nTo fetch the sets: .venv/bin/sgdrop-data\n'; }
 
 coverage: $(VENV)  ## which lines of sgdrop/ do pytest and the notebooks run? At least 95 % (half an hour)
 	@rm -rf .coverage; mkdir .coverage
@@ -53,11 +59,13 @@ readme-current: $(VENV)
 
 notebooks: $(VENV)
 	$(SAY) 'every notebook runs from top to bottom'
-	@$(NBTEST)
+	@$(MISSING); $(NBTEST) $$([ -n "$$missing" ] || echo --flags photographs)
 
 nbs: $(VENV)  ## export and rerun all notebooks (or NB=nbs/one.ipynb), saving their outputs, and remake the README
+	@$(MISSING); [ -z "$$missing" ] || ! grep -rq --include='*.ipynb' '"#| photographs' $(or $(NB),nbs) || \
+	{ echo "Without the image sets ($$missing) the outputs of cells marked photographs would be lost. To fetch the sets: .venv/bin/sgdrop-data"; exit 1; }
 	@"$(BIN)/nbdev-export"
-	@$(NBTEST) --save $(NB); s=$$?; "$(BIN)/nbdev-clean"; exit $$s
+	@$(NBTEST) --flags photographs --save $(NB); s=$$?; "$(BIN)/nbdev-clean"; exit $$s
 	@"$(BIN)/python" docs/readme.py
 
 readme: $(VENV)  ## remake README.md from the executed nbs/index.ipynb

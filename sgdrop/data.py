@@ -19,9 +19,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['CUES', 'IMAGENETTE_CLASSES', 'FLOWERS17_CLASSES', 'noisy_digits', 'cue_regions', 'cue_colours', 'with_cue',
-           'shortcut_digits', 'few_per_class', 'imagenette_path', 'imagenette', 'flowers17_path', 'flower_name',
-           'flowers17']
+__all__ = ['CUES', 'IMAGE_SETS', 'IMAGENETTE_CLASSES', 'FLOWERS17_CLASSES', 'noisy_digits', 'cue_regions', 'cue_colours',
+           'with_cue', 'shortcut_digits', 'few_per_class', 'found_set', 'missing_sets', 'fetch_set', 'imagenette_path',
+           'imagenette', 'flowers17_path', 'flower_name', 'flowers17']
 
 # %% ../nbs/07_data.ipynb #06f655ff
 def noisy_digits(
@@ -115,17 +115,45 @@ def few_per_class(
     if short: raise ValueError(f'asked for {n} items per class, but of {next(iter(short))!r} there are only {next(iter(short.values()))}')
     return [i for found in by_class.values() for i in found[:n]]
 
+# %% ../nbs/07_data.ipynb #1f6b3e94
+# set → its address, and its folder in fastai's data folder, by any of its names
+IMAGE_SETS = dict(
+    imagenette=(URLs.IMAGENETTE_160, 'imagenette2-160'),
+    flowers17=('https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz',
+               'flowers17', '17flowers'))
+
+def found_set(
+    name: str,  # 'imagenette' or 'flowers17'
+) -> Path | None:  # its folder; None if there is none
+    "Find an image set on this machine"
+    places = [fastai_cfg().path('data') / folder for folder in IMAGE_SETS[name][1:]]
+    return next((place for place in places if place.exists()), None)
+
+def missing_sets() -> list[str]:
+    "List the image sets that are not on this machine"
+    return [name for name in IMAGE_SETS if found_set(name) is None]
+
+# %% ../nbs/07_data.ipynb #7c02e5ab
+def fetch_set(
+    name: str,  # 'imagenette' or 'flowers17'
+) -> Path:  # its folder
+    "Return the folder of an image set, downloading it if it is missing"
+    if folder := found_set(name): return folder
+    url, home = IMAGE_SETS[name][0], fastai_cfg().path('data') / IMAGE_SETS[name][1]
+    try: return untar_data(url)
+    except Exception as e:  # fastai raises a bare one if the checksum is wrong
+        raise FileNotFoundError(
+            f'{name} is not on this machine and could not be downloaded '
+            f'from {url} ({e}); its folder belongs at {home}') from e
+
 # %% ../nbs/07_data.ipynb #02ad45b4
 # folder → what its photographs show
 IMAGENETTE_CLASSES = dict(n01440764='tench', n02102040='English springer', n02979186='cassette player', n03000684='chain saw', n03028079='church',
                           n03394916='French horn', n03417042='garbage truck', n03425413='gas pump', n03445777='golf ball', n03888257='parachute')
 
 def imagenette_path() -> Path:  # folder with `train` and `val`
-    "Where Imagenette is, downloading it if need be"
-    try: return untar_data(URLs.IMAGENETTE_160)
-    except OSError as e:
-        home = fastai_cfg().path('data') / 'imagenette2-160'
-        raise FileNotFoundError(f'Imagenette is not on this machine and could not be downloaded ({e}); its folder belongs at {home}') from e
+    "Return the folder of Imagenette, downloading it if it is missing"
+    return fetch_set('imagenette')
 
 # %% ../nbs/07_data.ipynb #92561e03
 def _photographs(train, valid, label, size, bs, **kwargs):
@@ -148,17 +176,13 @@ def imagenette(
     return _photographs(train, valid, lambda f: IMAGENETTE_CLASSES[parent_label(f)], size, bs, **kwargs)
 
 # %% ../nbs/07_data.ipynb #a3b903b6
-_FLOWERS17_URL = 'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz'
 # in the order of the files, 80 each
 FLOWERS17_CLASSES = ('daffodil', 'snowdrop', 'lily of the valley', 'bluebell', 'crocus', 'iris', 'tigerlily', 'tulip', 'fritillary',
                      'sunflower', 'daisy', 'coltsfoot', 'dandelion', 'cowslip', 'buttercup', 'windflower', 'pansy')
 
 def flowers17_path() -> Path:  # folder with the 1,360 images
-    "Where Flowers17 is, downloading it if need be"
-    home = fastai_cfg().path('data') / 'flowers17'
-    if home.exists(): return home
-    try: return untar_data(_FLOWERS17_URL)
-    except OSError as e: raise FileNotFoundError(f'Flowers17 is not on this machine and could not be downloaded ({e}); its folder belongs at {home}') from e
+    "Return the folder of Flowers17, downloading it if it is missing"
+    return fetch_set('flowers17')
 
 def flower_name(
     file: Path,  # named image_NNNN.jpg

@@ -1,18 +1,30 @@
 import random
+from urllib.error import URLError
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from fastai.data.core import DataLoaders
+from fastai.data.external import Config
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from PIL import Image
 
 from networks import images, small_network
+from sgdrop.data import IMAGENETTE_CLASSES, missing_sets
 
 # the same examples at every run, and no folder of found ones left behind
 hypothesis.settings.register_profile('sgdrop', max_examples=150, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile('sgdrop')
+
+
+def pytest_runtest_setup(item):
+    "Skip tests marked photographs where the image sets are missing"
+    if item.get_closest_marker('photographs') and (missing := missing_sets()):
+        names = ', '.join(missing)
+        pytest.skip(f'image sets are missing ({names}); to fetch them: sgdrop-data')
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +49,38 @@ def make_learner(tmp_path):
         dls = DataLoaders.from_dsets(items, items[:2 * bs], bs=bs, device=device, num_workers=0)
         return Learner(dls, net, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=SGD, lr=0.05, path=tmp_path, cbs=cbs, **kwargs)
     return make
+
+
+@pytest.fixture
+def empty_machine(tmp_path, monkeypatch):
+    "Let fastai look for image sets in an empty folder; returns its data folder"
+    file = tmp_path / 'fastai' / 'config.ini'
+    file.parent.mkdir()
+    file.write_text('[DEFAULT]\ndata = data\narchive = archive\n')
+    config = Config(file.parent, file.name)
+    monkeypatch.setattr('sgdrop.data.fastai_cfg', lambda: config)
+    monkeypatch.setattr('fastai.data.external.fastai_cfg', lambda: config)
+    return tmp_path / 'fastai' / 'data'
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    "Let every download of an image set fail"
+    def unreachable(url): raise URLError('no network')
+    monkeypatch.setattr('sgdrop.data.untar_data', unreachable)
+
+
+def noise_picture(path, rng, size=24):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path, quality=60)
+
+
+@pytest.fixture(scope='session')
+def tiny_sets(tmp_path_factory):
+    "Folders that look like Imagenette and Flowers17, full of noise"
+    folder, rng = tmp_path_factory.mktemp('sets'), np.random.default_rng(0)
+    for wnid in IMAGENETTE_CLASSES:
+        for i in range(8): noise_picture(folder / 'imagenette' / 'train' / wnid / f'{wnid}_{i}.JPEG', rng)
+        for i in range(4): noise_picture(folder / 'imagenette' / 'val' / wnid / f'{wnid}_{i}.JPEG', rng)
+    for i in range(1360): noise_picture(folder / 'flowers17' / 'jpg' / f'image_{i + 1:04}.jpg', rng)
+    return folder

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from nbdev.test import nbdev_test
 
+from sgdrop.data import missing_sets
 from site_tools import ROOT
 
 
@@ -22,11 +23,12 @@ def on_module(
 
 
 def main(*names):
+    flags = '' if missing_sets() else 'photographs'
     with TemporaryDirectory() as folder:
         copy = Path(folder)/'repository'
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.*', 'docs', '_build', '__pycache__', 'demo', 'bench'))
         for path in (copy/'nbs').rglob('*.ipynb'): path.write_text(json.dumps(on_module(json.loads(path.read_text()))))
-        for path in [copy/'nbs'/name for name in names] or [copy/'nbs']: nbdev_test(path, n_workers=0, timing=True)
+        for path in [copy/'nbs'/name for name in names] or [copy/'nbs']: nbdev_test(path, flags=flags, n_workers=0, timing=True)
 
 
 if __name__ == '__main__': sys.exit(main(*sys.argv[1:]))

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import t
 
+from sgdrop import bench
 from sgdrop.bench import CELL, PAIR, benchmark_plan, by_cell, chosen, differences_to, tuned_in
 from sgdrop.callback import SGDropCallback
 from sgdrop.compare import settings_key
@@ -69,3 +70,13 @@ def test_the_chosen_settings_have_the_best_mean_of_their_tries():
 def test_the_defaults_are_the_chosen_settings():
     default = SGDropCallback()
     assert {name: getattr(default, name) for name in tuned_in(RESULTS)['sgdrop']['sgdrop']} == tuned_in(RESULTS)['sgdrop']['sgdrop']
+
+
+def test_a_run_on_tiny_flowers(tiny_sets, monkeypatch):
+    monkeypatch.setattr(bench, 'flowers17_path', lambda: tiny_sets / 'flowers17')
+    train, shown = bench.benchmark_files('flowers17', 'test', 0.2, 0)
+    assert (len(train), len(shown)) == (17 * 16, 17 * 44) and not set(train) & set(shown)
+    settings = dict(dataset='flowers17', share=0.2, arch='resnet', part='tuning',
+                    split_seed=0, seed=0, epochs=1, settings=dict(sgdrop={}))
+    row = bench.run_benchmark(settings)
+    assert json.loads(json.dumps(row)) == row and 0 <= row['accuracy'] <= 1

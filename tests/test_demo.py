@@ -1,11 +1,10 @@
 "The command `sgdrop-demo`, as a user meets it: what it writes, and what it says when it cannot"
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 
-from sgdrop import data, demo
+from sgdrop import demo
 
 FIELDS = {'method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_share', 'epoch_ratio'}
 
@@ -56,9 +55,7 @@ def test_a_read_only_folder_is_told_before_training(tmp_path, capsys, monkeypatc
     assert fails_with_one_line(quick(tmp_path), 'no permission', capsys, tmp_path)
 
 
-def test_a_missing_set_without_network_is_one_line(tmp_path, capsys, monkeypatch):
-    def no_network(url): raise URLError('no route to host')
-    monkeypatch.setattr(data, 'untar_data', no_network)
+def test_a_missing_set_without_network_is_one_line(tmp_path, capsys, empty_machine, no_network):
     assert fails_with_one_line(quick(tmp_path, '--data', 'imagenette'), 'could not be downloaded', capsys, tmp_path)
 
 
@@ -101,9 +98,8 @@ def test_an_interrupt_ends_every_process_and_writes_nothing(tmp_path):
     wait_for(lambda: not group_lives(process.pid), seconds=30)
 
 
+@pytest.mark.photographs
 def test_photographs_are_measured_too(tmp_path):
-    home = data.fastai_cfg().path('data') / 'imagenette2-160'
-    if not home.exists(): pytest.skip(f'Imagenette is not at {home}')
     learn, record = demo.train('imagenette', 'sgdrop', seed=0, epochs=1)
     assert {'acc_valid', 'nll_valid', 'attribution_ratio', 'seconds'} <= set(record)
     assert len(learn.dls.valid_ds) == 3925 and list(learn.dls.vocab)[-1] == 'tench'

@@ -18,7 +18,6 @@ from fastai.callback.progress import CSVLogger
 from fastai.callback.schedule import Learner  # brings `lr_find`
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.data.core import DataLoaders, Datasets
-from fastai.data.external import fastai_cfg
 from fastai.data.transforms import Categorize
 from fastai.learner import Recorder, load_learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
@@ -974,9 +973,6 @@ def test_images_are_shown_within_bounds_whatever_their_scale(small_net, tmp_path
 
 # What it costs
 
-has_imagenette = (fastai_cfg().path('data') / 'imagenette2-160').exists()
-
-
 @pytest.fixture
 def one_thread():
     "`process_time` adds up the time of all threads"
@@ -986,7 +982,7 @@ def one_thread():
     torch.set_num_threads(n)
 
 
-@pytest.mark.skipif(not has_imagenette, reason='no images of Imagenette here: untar_data(URLs.IMAGENETTE_160) fetches them')
+@pytest.mark.photographs
 def test_it_adds_at_most_a_twentieth_to_an_epoch_of_imagenette(one_thread, tmp_path):
     """Extrapolated: training on 640 images and validation on 400 is timed, and taken to last as much longer as the whole of
     Imagenette (9,469 and 3,925 images) is larger. The recorder's own cost does not depend on the size of the set. Time of the processor, at 64 pixels."""

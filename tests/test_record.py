@@ -6,30 +6,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from sgdrop import data, record
 from sgdrop.compare import read_rows, settings_key
-from sgdrop.data import FLOWERS17_CLASSES, IMAGENETTE_CLASSES, flowers17, flowers17_path, imagenette
+from sgdrop.data import FLOWERS17_CLASSES, flowers17, flowers17_path, imagenette
 from sgdrop.record import RECORDINGS, main, recorded
 
 RESULTS = Path(__file__).parents[1] / 'results'
-
-
-def noise_picture(path, rng, size=24):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path, quality=60)
-
-
-@pytest.fixture(scope='module')
-def tiny_sets(tmp_path_factory):
-    "Folders that look like Imagenette and Flowers17, full of noise"
-    folder, rng = tmp_path_factory.mktemp('sets'), np.random.default_rng(0)
-    for wnid in IMAGENETTE_CLASSES:
-        for i in range(8): noise_picture(folder / 'imagenette' / 'train' / wnid / f'{wnid}_{i}.JPEG', rng)
-        for i in range(4): noise_picture(folder / 'imagenette' / 'val' / wnid / f'{wnid}_{i}.JPEG', rng)
-    for i in range(1360): noise_picture(folder / 'flowers17' / 'jpg' / f'image_{i + 1:04}.jpg', rng)
-    return folder
 
 
 @pytest.fixture
@@ -94,14 +77,11 @@ def test_flowers_are_divided_as_promised(with_tiny_sets):
     assert not set(splits[0].train_ds.items) & set(splits[0].valid_ds.items)
 
 
-def test_missing_sets_are_one_line(monkeypatch, tmp_path, capsys):
-    def unreachable(url): raise OSError('no network')
-    monkeypatch.setattr(data, 'untar_data', unreachable)
-    monkeypatch.setattr(data, 'fastai_cfg', lambda: type('Config', (), dict(path=lambda self, name: tmp_path))())
+def test_missing_sets_are_one_line(empty_machine, no_network, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match='its folder belongs at .*flowers17'): flowers17_path()
     assert main(['changes', '--out', str(tmp_path / 'results')]) == 1
     error = capsys.readouterr().err
-    assert error.count('\n') == 1 and 'could not be downloaded (no network)' in error
+    assert error.count('\n') == 1 and 'imagenette2-160.tgz (<urlopen error no network>)' in error
 
 
 def test_an_interruption_is_told_and_keeps_what_is_done(monkeypatch, tmp_path, capsys):

@@ -250,7 +250,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sgdrop.focus._peeked': ('focus.html#_peeked', 'sgdrop/focus.py'),
                               'sgdrop.focus._recognized': ('focus.html#_recognized', 'sgdrop/focus.py'),
                               'sgdrop.focus._right': ('focus.html#_right', 'sgdrop/focus.py'),
-                              'sgdrop.focus._scores_and_attribution': ('focus.html#_scores_and_attribution', 'sgdrop/focus.py'),
                               'sgdrop.focus.as_in_validation': ('focus.html#as_in_validation', 'sgdrop/focus.py'),
                               'sgdrop.focus.attributed': ('focus.html#attributed', 'sgdrop/focus.py'),
                               'sgdrop.focus.attribution_ratio': ('focus.html#attribution_ratio', 'sgdrop/focus.py'),

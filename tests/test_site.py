@@ -275,7 +275,7 @@ def test_missing_page_of_any_depth_looks_right():
 
 @built
 def test_links_to_the_site_are_described():
-    for page in ('index.html', '04_callback.html'):
+    for page in ('index.html', '06_callback.html'):
         tags = {o['property']: o['content'] for o in soup(page).find_all('meta', property=re.compile('^og:'))}
         assert {'og:title', 'og:description', 'og:image'} <= {*tags} and all(tags.values())
     assert (HTML / 'social.png').exists()

@@ -32,11 +32,12 @@ SECTIONS = {  # the sidebar: notebooks under nbs/ and other pages, in the order 
     'Results': ['*_bench.ipynb', '*card.ipynb'],
     'About': ['changelog.md', 'contributing.md', 'references.md']}
 FIRST_NAMES = {  # what most users need, by what they want to do
-    'Train': ['callback.SGDropCallback'],
-    'Watch': ['focus.FocusRecorder', 'focus.occlusion_accuracy', 'interpret.AttributionInterpretation'],
+    'Train': ['callback.SGDropCallback', 'lightning.SGDropLightning', 'dropout.SGDrop'],
+    'Monitor': ['monitor.MaskMonitor', 'monitor.LeakWarning', 'monitor.StarvationWarning', 'monitor.NotFiniteWarning', 'monitor.NoEffectWarning'],
+    'Measure': ['focus.FocusRecorder', 'focus.occlusion_accuracy', 'interpret.AttributionInterpretation'],
     'Compare': ['compare.paired_table', 'compare.paired_difference'],
-    'Write a loop': ['split.find_layer', 'split.split_model', 'attribution.attribute', 'mask.saliency_mask', 'mask.mask_share', 'mask.fill_function',
-        'callback.masked_scores', 'teacher.EMATeacher', 'callback.TrapWatch'],
+    'Build on the parts': ['split.find_layer', 'split.split_model', 'attribution.attribute', 'mask.saliency_mask', 'mask.fill_function',
+        'teacher.EMATeacher'],
     'Try it': ['data.shortcut_digits', 'data.imagenette', 'data.flowers17']}
 
 missing = set()  # links that lead nowhere

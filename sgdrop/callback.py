@@ -44,9 +44,16 @@ class SGDropCallback(Callback):
         self.undo, self.skipped, self.last = ExitStack(), False, (0, 0)
 
     def __repr__(self):
-        layers = dict(layers=self.engine.layers) if self.engine else {}
-        shown = dict(rho=self.rho, start=self.start, end=self.end) | self.settings | layers
+        shown = dict(rho=self.rho, start=self.start, end=self.end) | self.settings
+        if self.engine: shown['layer'] = self.engine.layers
         return f'SGDropCallback({", ".join(f"{k}={v!r}" for k, v in shown.items())})'
+
+    def after_batch(self):
+        "Put everything back, and let go of the feature maps"
+        self.undo.close()
+        self.runs = None
+
+    before_validate = after_fit = after_batch  # a batch may have ended in an error
 
     @property
     def history(self) -> list[dict]:  # a row per epoch: see `MaskMonitor.report`
@@ -100,7 +107,7 @@ def stand_in(
 @patch
 def before_batch(self: SGDropCallback):
     "Have the engine note the feature maps of this batch, if it acts"
-    self.after_batch()  # the last batch may have ended in an error
+    self.after_batch()
     if self.rho == 0: return
     if self.engine is None: self._make_engine()
     acts = in_window(self.pct_train, self.start, self.end)
@@ -117,18 +124,6 @@ def _arm(self: SGDropCallback, model, xb):
         if not ours: return forward(*args, **kwargs)
         with self.engine.tap() as self.runs: return forward(*args, **kwargs)
     self.undo.enter_context(stand_in(model, 'forward', armed))
-
-@patch
-def after_batch(self: SGDropCallback):
-    "Put everything back, and let go of the feature maps"
-    self.undo.close()
-    self.runs = None
-
-@patch
-def before_validate(self: SGDropCallback): self.after_batch()
-
-@patch
-def after_fit(self: SGDropCallback): self.after_batch()
 
 # %% ../nbs/06_callback.ipynb #1925643c
 def stronger_labels(

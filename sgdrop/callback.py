@@ -15,8 +15,8 @@ from fastcore.basics import first, patch
 from fastcore.meta import delegates
 from torch import Tensor
 
-from .dropout import (SGDrop, check_schedule, check_settings, check_state, in_window,
-                            plain_tensors, rho_at)
+from .dropout import (SGDrop, check_schedule, check_settings, check_state,
+                            in_window, plain_tensors, rho_at)
 
 # %% auto #0
 __all__ = ['SGDropCallback', 'stand_in', 'stronger_labels']
@@ -29,9 +29,9 @@ class SGDropCallback(Callback):
 
     @delegates(SGDrop)
     def __init__(self,
-        rho: float | Callable[[float], float] = 0.5,  # share to drop, or a schedule of it
-        start: float = 0.,  # progress of the training at which masking starts, in [0, 1]
-        end: float = 1.,  # progress of the training at which it ends, in [0, 1]
+        rho: float | Callable[[float], float] = 0.5,  # share to drop, or its schedule
+        start: float = 0.,  # progress of the fit at which masking starts, in [0, 1]
+        end: float = 1.,  # progress of the fit at which it ends, in [0, 1]
         **settings: object,  # see `SGDrop`
     ):
         check_schedule(rho, start, end)
@@ -40,13 +40,20 @@ class SGDropCallback(Callback):
         self._init_state()
 
     def _init_state(self):
-        self.engine = self.runs = self.resumed = None  # `SGDrop`, noted maps, a saved state
+        self.engine = self.runs = self.resumed = None
         self.undo, self.skipped, self.last = ExitStack(), False, (0, 0)
 
     def __repr__(self):
-        layers = dict(layers=self.engine.layers) if self.engine else {}
-        shown = dict(rho=self.rho, start=self.start, end=self.end) | self.settings | layers
+        shown = dict(rho=self.rho, start=self.start, end=self.end) | self.settings
+        if self.engine: shown['layer'] = self.engine.layers
         return f'SGDropCallback({", ".join(f"{k}={v!r}" for k, v in shown.items())})'
+
+    def after_batch(self):
+        "Put everything back, and let go of the feature maps"
+        self.undo.close()
+        self.runs = None
+
+    before_validate = after_fit = after_batch  # a batch may have ended in an error
 
     @property
     def history(self) -> list[dict]:  # a row per epoch: see `MaskMonitor.report`
@@ -56,7 +63,8 @@ class SGDropCallback(Callback):
 @patch
 def before_fit(self: SGDropCallback):
     "Refuse a second SGDrop on the same network"
-    if sum(isinstance(cb, SGDropCallback) for cb in self.learn.cbs) > 1: raise ValueError(
+    ours = [cb for cb in self.learn.cbs if isinstance(cb, SGDropCallback)]
+    if len(ours) > 1: raise ValueError(
         'this Learner has two SGDropCallbacks, which would mask each other; remove one')
 
 @patch
@@ -100,7 +108,7 @@ def stand_in(
 @patch
 def before_batch(self: SGDropCallback):
     "Have the engine note the feature maps of this batch, if it acts"
-    self.after_batch()  # the last batch may have ended in an error
+    self.after_batch()
     if self.rho == 0: return
     if self.engine is None: self._make_engine()
     acts = in_window(self.pct_train, self.start, self.end)
@@ -113,22 +121,10 @@ def _arm(self: SGDropCallback, model, xb):
     forward = model.forward
     def armed(*args, **kwargs):
         self.undo.close()
-        ours = self.learn and len(args) == len(xb) and all(a is x for a, x in zip(args, xb))
-        if not ours: return forward(*args, **kwargs)
+        ours = len(args) == len(xb) and all(a is x for a, x in zip(args, xb))
+        if not (ours and self.learn): return forward(*args, **kwargs)
         with self.engine.tap() as self.runs: return forward(*args, **kwargs)
     self.undo.enter_context(stand_in(model, 'forward', armed))
-
-@patch
-def after_batch(self: SGDropCallback):
-    "Put everything back, and let go of the feature maps"
-    self.undo.close()
-    self.runs = None
-
-@patch
-def before_validate(self: SGDropCallback): self.after_batch()
-
-@patch
-def after_fit(self: SGDropCallback): self.after_batch()
 
 # %% ../nbs/06_callback.ipynb #1925643c
 def stronger_labels(
@@ -171,14 +167,15 @@ def after_train(self: SGDropCallback):
     "Read the monitor"
     if self.engine is None: return
     self.engine.monitor.report(epoch=self.epoch)
-    if self.epoch == self.n_epoch - 1: self.engine.monitor.finish(rho_at(self.end, self.rho))
+    if self.epoch == self.n_epoch - 1:
+        self.engine.monitor.finish(rho_at(self.end, self.rho))
 
 # %% ../nbs/06_callback.ipynb #bbb2086d
 @patch
 def state_dict(self: SGDropCallback) -> dict:
     "Return what a resumed fit needs besides network and optimizer: see `SGDrop`"
     if self.engine: return self.engine.state_dict()
-    if self.resumed: return self.resumed  # epochs that fastai skips, before the first batch
+    if self.resumed: return self.resumed  # in epochs that fastai skips
     raise ValueError('there is no state yet: fit first')
 
 @patch

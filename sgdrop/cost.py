@@ -23,20 +23,21 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.profiler import ProfilerActivity, profile
 from torchvision import models
+from torchvision.models.vgg import make_layers
 
 from .attribution import attribute, class_mask, class_scores, grad_x_act, preserved
 from .callback import SGDropCallback
 from .compare import run_plan
-from .demo import OneLineParser, complain
+from .demo import OneLineParser, complain, small_resnet
 from .mask import n_dropped, saliency_mask
 from .split import evaluating, find_layer, split_model
 from .teacher import fast_dtype
 
 # %% auto #0
-__all__ = ['ALL_MASKED', 'VARIANTS', 'seconds_of', 'take_turns', 'ratios', 'peak_memory', 'step_learner', 'training_step',
-           'WholeModelMask', 'captum_saliency', 'grad_cam_class', 'grad_cam_saliency', 'input_saliency',
-           'variant_steps', 'part_steps', 'n_bytes', 'resting_memory', 'mask_agreement', 'hardware', 'measured',
-           'cost_table', 'parts_table', 'cost_plan', 'run_cost', 'main']
+__all__ = ['VARIANTS', 'seconds_of', 'take_turns', 'ratios', 'peak_memory', 'step_learner', 'training_step', 'WholeModelMask',
+           'captum_saliency', 'grad_cam_class', 'grad_cam_saliency', 'input_saliency', 'variant_steps', 'part_steps',
+           'n_bytes', 'resting_memory', 'mask_agreement', 'hardware', 'measured', 'cost_table', 'parts_table',
+           'cost_network', 'cost_plan', 'run_cost', 'main']
 
 # %% ../nbs/15_cost.ipynb #1b59719e
 def seconds_of(
@@ -188,13 +189,12 @@ def input_saliency(
     return attribute(model, x)
 
 # %% ../nbs/15_cost.ipynb #0a924dd6
-ALL_MASKED = dict(rho=0.2, granularity='element', fill='zero', clean_weight=0.)  # settings of SGDrop in all variants
 # name → maker of the callback that is added to plain training; None for none
 VARIANTS: dict[str, Callable[[], Callback | None]] = {
     'plain': lambda: None,
-    'own ψ': lambda: SGDropCallback(teacher=None, **ALL_MASKED),
-    'head teacher': lambda: SGDropCallback(teacher='head', **ALL_MASKED),
-    'full teacher': lambda: SGDropCallback(teacher='full', **ALL_MASKED),
+    'defaults': SGDropCallback,
+    'head teacher': lambda: SGDropCallback(teacher='head'),
+    'full teacher': lambda: SGDropCallback(teacher='full'),
     'captum': lambda: WholeModelMask(captum_saliency),
     'grad-cam': lambda: WholeModelMask(grad_cam_saliency, 'spatial'),
     'input saliency': lambda: WholeModelMask(input_saliency, on_input=True)}
@@ -218,22 +218,27 @@ def variant_steps(
 def part_steps(
     net: nn.Module,  # trained by the variants
     x: Tensor,  # images
-    full: SGDropCallback,  # the one with a full teacher, which will have done a step
+    full: SGDropCallback,  # with a full teacher; it must have done a step when this runs
     rho: float = 0.2,  # share to drop
-) -> dict[str, Callable[[], object]]:  # 'ψ', 'forward', 'φ′', 'update', 'mask', 'quantile', 'sort'
-    "What the variants are made of"
+) -> dict[str, Callable[[], object]]:  # name → function that does the work
+    "Return what the variants consist of"
     phi, psi = split_model(net, None, x[:2])
-    with evaluating(phi): z = phi(x)
-    A = attribute(psi, z)
-    rows, last_kept = A.flatten(1), A[0].numel() - n_dropped(A[0].numel(), rho) - 1
-    def through_psi():
-        leaf = z.detach().requires_grad_()
-        with preserved(psi, z.device): return torch.autograd.grad(psi(leaf.clone()).max(1).values.sum(), leaf)
+    with evaluating(phi): z = phi(x).requires_grad_()
+    with preserved(psi, z.device): logits = psi(z.clone())
+    A, best = attribute(psi, z), logits.max(1).values.sum()
+    rows, kept = A.flatten(1), A[0].numel() - n_dropped(A[0].numel(), rho) - 1
+    weights = [p for p in psi.parameters() if p.requires_grad]
+    def head():
+        with preserved(psi, z.device): return psi(z.clone())
     def forward():
         with evaluating(net): return net(x)
-    return {'ψ': through_psi, 'forward': forward, 'φ′': lambda: full.engine.teacher.look([x], []), 'update': lambda: full.engine.step(),
-            'mask': lambda: saliency_mask(A, rho), 'quantile': lambda: rows <= torch.quantile(rows, 1 - rho, dim=1, keepdim=True),
-            'sort': lambda: rows <= rows.sort(1).values[:, last_kept, None]}
+    def gradient(*of): return torch.autograd.grad(best, of, retain_graph=True)
+    return {
+        'ψ': head, 'ψ back to z': lambda: gradient(z), 'ψ back': lambda: gradient(z, *weights),
+        'forward': forward, 'φ′': lambda: full.engine.teacher.look([x], []),
+        'update': lambda: full.engine.step(), 'mask': lambda: saliency_mask(A, rho),
+        'quantile': lambda: rows <= torch.quantile(rows, 1 - rho, dim=1, keepdim=True),
+        'sort': lambda: rows <= rows.sort(1).values[:, kept, None]}
 
 # %% ../nbs/15_cost.ipynb #473688fa
 def n_bytes(
@@ -252,11 +257,14 @@ def resting_memory(
 def mask_agreement(
     cb: SGDropCallback,  # with a full teacher that has done a step
     x: Tensor,  # images
-) -> float:  # share of the elements on which they decide alike
-    "A full teacher's mask, against the one in float32"
-    phi, psi = cb.teacher_halves[0]
-    fast, exact = (saliency_mask(attribute(psi(phi, x, dtype=dtype)), 0.2) for dtype in (None, torch.float32))
-    return (fast == exact).float().mean().item()
+) -> float:  # share of the elements on which they agree
+    "Compare a full teacher's mask with the one that it would find in float32"
+    teacher, masks = cb.engine.teacher, []
+    for teacher.dtype in (torch.float32, None):
+        (logits,), (z,) = teacher.look([x], [])
+        A = grad_x_act(logits, z, class_mask('predicted', logits))
+        masks.append(saliency_mask(A, 0.2))
+    return (masks[0] == masks[1]).float().mean().item()
 
 # %% ../nbs/15_cost.ipynb #55658e19
 def hardware(
@@ -288,16 +296,22 @@ def measured(
 def cost_table(
     rows: list[dict],  # of `measured`, with 'network' and 'size'
 ) -> pd.DataFrame:  # a row per network, size and variant
-    "Ratios to the plain step: time with its quartiles and limit, memory without and with a teacher's weights"
+    "Compare steps with the plain step: time (quartiles, limit), memory (and a teacher's)"
     tables = []
     for row in rows:
-        time, whole = ratios(pd.DataFrame(row['seconds'])), row['resting'] + row['peak']['plain']
-        share = time['median']
-        limit = {'own ψ': 1 + share.ψ, 'head teacher': 1 + share.ψ, 'full teacher': 1 + share.forward}
+        time = ratios(pd.DataFrame(row['seconds']))
+        whole = row['resting'] + row['peak']['plain']
+        part = time['median']
+        own = 1 + part['ψ'] + part['ψ back to z'] + part['ψ back']
+        limit = {'defaults': own, 'head teacher': own + part['ψ'],
+                 'full teacher': own + part['forward']}
+        memory = {n: (row['resting'] + peak) / whole for n, peak in row['peak'].items()}
+        teachers = {n: m + row['teacher'].get(n, 0) / whole for n, m in memory.items()}
         tables.append(time.loc[list(VARIANTS)].assign(
-            limit=pd.Series(limit), memory={n: (row['resting'] + peak) / whole for n, peak in row['peak'].items()}, network=row['network'], size=row['size'],
-            with_teacher={n: (row['resting'] + peak + row['teacher'].get(n, 0)) / whole for n, peak in row['peak'].items()}))
-    return pd.concat(tables).rename_axis('variant').set_index(['network', 'size'], append=True).reorder_levels([1, 2, 0])
+            limit=pd.Series(limit), memory=memory, with_teacher=teachers,
+            network=row['network'], size=row['size']))
+    table = pd.concat(tables).rename_axis('variant')
+    return table.set_index(['network', 'size'], append=True).reorder_levels([1, 2, 0])
 
 # %% ../nbs/15_cost.ipynb #47ae629e
 def parts_table(
@@ -308,14 +322,28 @@ def parts_table(
     return pd.DataFrame(shares).T.rename_axis(['network', 'size'])
 
 # %% ../nbs/15_cost.ipynb #447a8718
-_NETWORKS = dict(resnet18=15, convnext_tiny=5, vgg11_bn=3)  # torchvision's name → turns on a processor
+# network → turns on the CPU
+_LARGE, _SMALL = dict(resnet18=15, convnext_tiny=5, vgg11_bn=3), dict(small_resnet=31, small_vgg=31)
+
+def cost_network(
+    name: str,  # torchvision's name, or 'small_resnet' or 'small_vgg' (for 32 pixels)
+) -> nn.Module:
+    "Make a network of ten classes with random weights"
+    if name == 'small_resnet': return small_resnet((32, 2), (64, 2), (128, 2))
+    if name != 'small_vgg': return getattr(models, name)(num_classes=10)
+    body = make_layers([16, 'M', 32, 'M', 64, 'M', 128, 128], batch_norm=True)
+    return nn.Sequential(body, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128 * 4, 128),
+                         nn.ReLU(), nn.Linear(128, 10))
 
 def cost_plan(
     device: str = 'cpu',  # 'cpu' or 'cuda'
 ) -> list[dict]:
-    "What `sgdrop-cost` measures"
-    of = lambda turns: dict(batch=8, turns=turns) if device == 'cpu' else dict(batch=64, turns=31)
-    return [dict(network=network, size=size, device=device, **of(turns)) for size in (96, 160) for network, turns in _NETWORKS.items()]
+    "List what `sgdrop-cost` measures"
+    def at(size, networks, batch):
+        if device != 'cpu': batch, networks = 64, dict.fromkeys(networks, 31)
+        return [dict(network=name, size=size, device=device, batch=batch, turns=turns)
+                for name, turns in networks.items()]
+    return at(32, _SMALL, 64) + at(96, _LARGE, 8) + at(160, _LARGE, 8)
 
 def run_cost(
     settings: dict,  # 'network', 'size', 'device', 'batch', 'turns'
@@ -323,7 +351,7 @@ def run_cost(
     "Measure one network at one size"
     s = settings
     set_seed(0)
-    net = getattr(models, s['network'])(num_classes=10).to(s['device'])
+    net = cost_network(s['network']).to(s['device'])
     return measured(net, s['size'], s['batch'], s['turns'], s['device'])
 
 # %% ../nbs/15_cost.ipynb #0f32f157

@@ -230,9 +230,10 @@ class SGDrop:
     ):
         check_settings(rho=rho, target=target, teacher=teacher, ema=ema, fill=fill, p=p,
             attribution=attribution, granularity=granularity, clean_weight=clean_weight)
-        self.model, self.network, self.rho, self.p = model, unwrapped(model), rho, p
-        self.target, self.attribution, self.granularity = target, attribution, granularity
-        self.fill, self.clean_weight = fill_function(fill), clean_weight
+        self.model, self.network, self.rho = model, unwrapped(model), rho
+        self.clean_weight = clean_weight
+        self.target, self.attribution, self.p = target, attribution, p
+        self.granularity, self.fill = granularity, fill_function(fill)
         example = [x[:2] for x in plain_tensors(example)]
         self.layers = resolve_layers(self.network, layer, *example)
         functional = not isinstance(attribution, str)
@@ -317,7 +318,7 @@ def in_window(
 
 def rho_at(
     pct_train: float,  # progress of the training, from 0 to 1
-    rho: float | Callable[[float], float],  # share to drop, or a function of the progress
+    rho: float | Callable[[float], float],  # share to drop, or a schedule of it
 ) -> float:  # in [0, 1)
     "Return the share to drop at this point of the training"
     return check_fraction('rho', rho(pct_train) if callable(rho) else rho)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
-from .dropout import (SGDrop, check_schedule, check_settings, check_state, in_window,
-                            rho_at)
+from .dropout import (SGDrop, check_schedule, check_settings, check_state,
+                            in_window, rho_at)
 
 # %% auto #0
 __all__ = ['find_network', 'SGDropLightning']
@@ -18,23 +18,24 @@ __all__ = ['find_network', 'SGDropLightning']
 # %% ../nbs/07_lightning.ipynb #d0a293a4
 def find_network(
     module: LightningModule,  # with a network in it
-    name: str | None = None,  # of the attribute; None for the only one with convolutions
+    name: str | None = None,  # of its attribute; None for the only one with a Conv2d
 ) -> nn.Module:
     "Return the network that a LightningModule trains"
     if name is not None: return module.get_submodule(name)
     def has_conv(m): return any(isinstance(part, nn.Conv2d) for part in m.modules())
     found = [name for name, m in module.named_children() if has_conv(m)]
     if len(found) == 1: return module.get_submodule(found[0])
-    raise ValueError(f'{type(module).__name__} has {len(found)} parts with a Conv2d '
-                     f'({", ".join(found) or "none"}); name one: SGDropLightning(network=…)')
+    raise ValueError(
+        f'{type(module).__name__} has {len(found)} parts with a Conv2d '
+        f'({", ".join(found) or "none"}); name one: SGDropLightning(network=…)')
 
 # %% ../nbs/07_lightning.ipynb #15e418dc
 class SGDropLightning(Callback):
     "Give a LightningModule an `sgdrop`, and carry it through training and checkpoints"
     def __init__(self,
-        rho: float | Callable[[float], float] = 0.5,  # share to drop, or a schedule of it
-        start: float = 0.,  # progress of the training at which masking starts, in [0, 1]
-        end: float = 1.,  # progress of the training at which it ends, in [0, 1]
+        rho: float | Callable[[float], float] = 0.5,  # share to drop, or its schedule
+        start: float = 0.,  # progress of the fit at which masking starts, in [0, 1]
+        end: float = 1.,  # progress of the fit at which it ends, in [0, 1]
         network: str | None = None,  # the network's attribute: see `find_network`
         **settings: object,  # see `SGDrop`
     ):
@@ -49,7 +50,8 @@ class SGDropLightning(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, _):
         if self.engine is None:
             *xb, _ = batch
-            self.engine = SGDrop(find_network(module, self.network), *xb, **self.settings)
+            network = find_network(module, self.network)
+            self.engine = SGDrop(network, *xb, **self.settings)
             if self.resumed: self.engine.load_state_dict(self.resumed)
             self.resumed, module.sgdrop = None, self.engine
         pct_train = trainer.global_step / trainer.estimated_stepping_batches

@@ -76,7 +76,8 @@ def diagnose(
     report: dict[str, float],  # of `MaskMonitor.report`
 ) -> list[SaliencyWarning]:  # each with what to do about it
     "Return a warning for each failure mode that a report shows"
-    found, under, clean, kept = [], report['under_mask'], report['clean'], report['kept']
+    under, clean, kept = (report[name] for name in ('under_mask', 'clean', 'kept'))
+    found = []
     if under - clean > LEAK_GAP: found.append(LeakWarning(
         f'SGDrop leak: accuracy on training images is {under:.0%} under the mask and '
         f'{clean:.0%} without it, so the network predicts the class from the holes. '
@@ -84,8 +85,8 @@ def diagnose(
         "a teacher, granularity='spatial', a larger clean_weight, or a smaller p."))
     if kept < MIN_KEPT: found.append(StarvationWarning(
         f'SGDrop starvation: the mask keeps {kept:.1%} of the attribution, too little '
-        "to learn from. Try granularity='spatial', a smaller rho, a larger clean_weight, "
-        'or a smaller p.'))
+        "to learn from. Try granularity='spatial', a smaller rho, a larger "
+        'clean_weight, or a smaller p.'))
     return found
 
 # %% ../nbs/04_monitor.ipynb #8b3ce49c

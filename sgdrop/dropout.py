@@ -206,7 +206,7 @@ def is_compiled(
     "Return whether the network, or a part of it, has been through `torch.compile`"
     return any(type(m).__name__ == 'OptimizedModule' for m in model.modules())
 
-TEACHERS = dict(head=HeadTeacher, full=FullTeacher)
+TEACHERS = dict(head=HeadTeacher, full=FullTeacher)  # name → class
 
 # %% ../nbs/05_dropout.ipynb #797483f1
 class SGDrop:
@@ -285,7 +285,8 @@ class SGDrop:
         self.first_step = False
         return replace_logits(out, masked)
 
-    def loss(self, loss_func: Callable, masked: object, clean: object, *y) -> Tensor:
+    def loss(self, loss_func: Callable, masked: object, clean: object,
+             *y: Tensor) -> Tensor:
         "Return the mean of both losses, weighted by `clean_weight`"
         return blended_loss(loss_func, masked, clean, y, self.clean_weight)
 

@@ -47,7 +47,8 @@ class SGDropLightning(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.engine, self.n_steps = None, trainer.global_step
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch, _):
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule,
+                             batch: tuple, _: int) -> None:
         if self.engine is None:
             *xb, _ = batch
             network = find_network(module, self.network)

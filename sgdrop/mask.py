@@ -141,7 +141,8 @@ def rescale_fill(
     return kept * torch.where(left, before / safe, 1)
 
 # %% ../nbs/01_mask.ipynb #8215cad9
-FILLS = dict(  # name → function of (z, M)
+# name → function of (z, M)
+FILLS = dict(
     zero=zero_fill, mean=mean_fill, kept_mean=kept_mean_fill, swap=swap_fill,
     rescale=rescale_fill)
 

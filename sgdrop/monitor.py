@@ -46,6 +46,7 @@ def logits_changed(
     return size(masked - clean) > 1e-3 * size(clean)
 
 # %% ../nbs/04_monitor.ipynb #145be745
+# names of what `mask_stats` sums
 STATS = 'images', 'under_mask', 'clean', 'kept', 'dropped', 'changed', 'not_finite'
 
 def mask_stats(

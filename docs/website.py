@@ -49,7 +49,7 @@ def empty(o): return o is inspect.Parameter.empty
 def shown_default(o):
     "A default as one writes it"
     if callable(o): return o.__name__
-    return '...' if repr(o).startswith('<') else repr(o)
+    return '...' if re.search('<[a-z]', repr(o)) else repr(o)  # such as `<function f at 0x7f…>`
 
 def arguments(o):
     "The documented arguments of a function, or of what makes an object of a class: {name: docment, anno and default}"

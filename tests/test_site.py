@@ -94,7 +94,7 @@ def test_show_doc_and_code_without_running(page):
                  ('#| export\ndef zero_fill(z, M): raise Exception', []), ('raise Exception("run")', []))
     _, _, doc, code, example = [c.source for c in cells]
     assert doc.startswith('### zero_fill\n') and '_modules/sgdrop/mask.html#zero_fill"' in doc
-    assert 'Zeros in the holes' in doc and '| `z` | `Tensor` | feature map' in doc and '| **Returns** | `Tensor`' in doc
+    assert 'Put zeros into the holes: z ⊙ M, as in the paper' in doc and '| `z` | `Tensor` | feature map' in doc and '| **Returns** | `Tensor`' in doc
     assert code.startswith('def zero_fill') and 'hide-input' in cells[3].metadata.tags and example.startswith('raise')
 
 

@@ -13,6 +13,7 @@ from fastai.vision.models.xresnet import xresnet18
 from torch import Tensor, nn
 from torchvision import models as tv
 
+from sgdrop.callback import SGDropCallback
 from sgdrop.split import unwrapped
 from sgdrop.teacher import copy_without_watchers
 
@@ -116,6 +117,21 @@ class Autocast(Callback):
     def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
     def after_pred(self): self.learn.pred = self.pred.float()
     def after_loss(self): self.cast.__exit__(None, None, None)
+
+
+class Spy(Callback):
+    "Notes the logits before SGDrop saw them (`order` just below its own) or after"
+    def __init__(self, order): self.order, self.preds = order, []
+    def after_pred(self):
+        if self.training: self.preds.append(self.pred)
+
+
+def spies() -> tuple[Spy, Spy]: return Spy(SGDropCallback.order - 0.5), Spy(SGDropCallback.order + 0.5)
+
+
+def masked_images(cb: Callback) -> int:
+    "How many images an SGDropCallback made holes in, in its last fit"
+    return sum(row['images'] for row in cb.history)
 
 
 def bare_loss(learn: Learner) -> float:

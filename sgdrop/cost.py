@@ -30,7 +30,7 @@ from .compare import run_plan
 from .demo import OneLineParser, complain
 from .mask import n_dropped, saliency_mask
 from .split import evaluating, find_layer, split_model
-from .teacher import fast_dtype
+from .teacher import FullTeacher, fast_dtype
 
 # %% auto #0
 __all__ = ['ALL_MASKED', 'VARIANTS', 'seconds_of', 'take_turns', 'ratios', 'peak_memory', 'step_learner', 'training_step',
@@ -254,9 +254,11 @@ def mask_agreement(
     x: Tensor,  # images
 ) -> float:  # share of the elements on which they decide alike
     "A full teacher's mask, against the one in float32"
-    phi, psi = cb.teacher_halves[0]
-    fast, exact = (saliency_mask(attribute(psi(phi, x, dtype=dtype)), 0.2) for dtype in (None, torch.float32))
-    return (fast == exact).float().mean().item()
+    def mask(dtype):
+        teacher = FullTeacher(cb.engine.teacher.module, cb.engine.layers, dtype=dtype)
+        (logits,), (z,) = teacher.look([x], [])
+        return saliency_mask(grad_x_act(logits, z, class_mask('predicted', logits)), 0.2)
+    return (mask(None) == mask(torch.float32)).float().mean().item()
 
 # %% ../nbs/15_cost.ipynb #55658e19
 def hardware(

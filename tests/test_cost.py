@@ -9,7 +9,7 @@ from torch import nn
 from sgdrop import cost, dropout
 from sgdrop.callback import SGDropCallback
 from sgdrop.cost import (VARIANTS, WholeModelMask, captum_saliency, cost_plan, cost_table, grad_cam_saliency, input_saliency, main,
-                         part_steps, parts_table, peak_memory, ratios, step_learner, take_turns, training_step, variant_steps)
+                         mask_agreement, part_steps, parts_table, peak_memory, ratios, step_learner, take_turns, training_step, variant_steps)
 
 
 @pytest.fixture
@@ -104,7 +104,9 @@ def test_all_variants_train_one_network(net):
         step()
         assert any(not p.equal(b) for p, b in zip(net.parameters(), before)), name
         assert all(p.isfinite().all() for p in net.parameters())
-    assert learners['full teacher'].sg_drop.engine.teacher.n_updates == 1
+    full = learners['full teacher'].sg_drop
+    assert full.engine.teacher.n_updates == 1
+    assert mask_agreement(full, torch.randn(4, 3, 8, 8)) > 0.9
 
 
 @pytest.fixture

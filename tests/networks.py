@@ -11,6 +11,7 @@ from fastai.vision.learner import create_vision_model
 from fastai.vision.models import resnet18
 from fastai.vision.models.xresnet import xresnet18
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import models as tv
 
 from sgdrop.callback import SGDropCallback
@@ -109,6 +110,14 @@ class Compares(nn.Module):
     "Two images, or one twice, through one encoder"
     def __init__(self): super().__init__(); self.encoder, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(16, 4)
     def forward(self, a, b): return self.fc(torch.cat([self.encoder(t).relu().mean((2, 3)) for t in (a, b)], 1))
+
+
+class Recomputed(nn.Module):
+    "A part of a network under gradient checkpointing"
+    def __init__(self, part, reentrant=False):
+        super().__init__()
+        self.part, self.reentrant = part, reentrant
+    def forward(self, x): return checkpoint(self.part, x, use_reentrant=self.reentrant)
 
 
 class Autocast(Callback):

@@ -28,9 +28,8 @@ from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage, params
 from fastai.vision.augment import RandomErasing
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from networks import bare_loss, conv, hooked, images, masked_images, small_network
+from networks import Recomputed, bare_loss, conv, hooked, images, masked_images, small_network
 from sgdrop.bench import AverageWeights
 from sgdrop.callback import SGDropCallback
 from sgdrop.split import unwrapped
@@ -48,14 +47,6 @@ class MixedOnCPU(MixedPrecision):
         half = self.amp_mode == AMPMode.FP16
         self.autocast = torch.autocast('cpu', torch.float16 if half else torch.bfloat16)
         self.learn.scaler, self.scales = torch.amp.GradScaler('cpu', enabled=half), []
-
-
-class Recomputed(nn.Module):
-    "A part of a network under gradient checkpointing"
-    def __init__(self, part, reentrant=False):
-        super().__init__()
-        self.part, self.reentrant = part, reentrant
-    def forward(self, x): return checkpoint(self.part, x, use_reentrant=self.reentrant)
 
 
 class TwoViews(nn.Sequential):

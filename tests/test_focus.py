@@ -573,7 +573,7 @@ class Generators(Callback):
 @pytest.mark.parametrize('beside, num_workers', [(None, 0), (SGDropCallback, 0), (MixUp, 0), (None, 1)])
 def test_the_training_does_not_notice(beside, num_workers, small_net, tmp_path):
     def run(*recorder):
-        others = [beside(rho=0.3, share=0.5) if beside is SGDropCallback else beside(0.4)] if beside else []
+        others = [beside(rho=0.3, p=0.5) if beside is SGDropCallback else beside(0.4)] if beside else []
         learn = learner(small_net(), tmp_path, num_workers=num_workers, where='after_item' if num_workers else 'after_batch')
         learn.fit(2, cbs=[*others, *recorder, generators := Generators()])
         return learn, generators.states

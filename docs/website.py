@@ -217,7 +217,7 @@ def shown(cell, rel):
     opts = dict(re.findall(r'^#\|\s*([\w-]+):\s*(.*?)\s*$', cell.source, flags=re.M))
     if opts.get('include')=='false': return
     cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
-    tags = {'remove-input': opts.get('echo')=='false' or not cell.source, 'remove-output': opts.get('output')=='false', 'hide-input': 'code-fold' in opts}
+    tags = {'remove-input': opts.get('echo')=='false' or not cell.source, 'remove-output': opts.get('output')=='false', 'hide-input': opts.get('code-fold', 'false')!='false'}
     text = {k: opts.get(k, '').strip('"\'') for k in ('fig-alt', 'fig-cap')}
     outputs = [o for o in cell.outputs if not (opts.get('warning')=='false' and o.get('name')=='stderr')]
     if opts.get('output')=='asis': outputs = [new_output('display_data', {'text/markdown': o.text}) if o.output_type=='stream' else o for o in outputs]

@@ -78,6 +78,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sgdrop/callback.py'),
                                  'sgdrop.callback.SGDropCallback.after_batch': ( 'callback.html#sgdropcallback.after_batch',
                                                                                  'sgdrop/callback.py'),
+                                 'sgdrop.callback.SGDropCallback.after_cancel_fit': ( 'callback.html#sgdropcallback.after_cancel_fit',
+                                                                                      'sgdrop/callback.py'),
                                  'sgdrop.callback.SGDropCallback.after_cancel_step': ( 'callback.html#sgdropcallback.after_cancel_step',
                                                                                        'sgdrop/callback.py'),
                                  'sgdrop.callback.SGDropCallback.after_pred': ( 'callback.html#sgdropcallback.after_pred',

@@ -170,6 +170,11 @@ def after_train(self: SGDropCallback):
     if self.epoch == self.n_epoch - 1:
         self.engine.monitor.finish(rho_at(self.end, self.rho))
 
+@patch
+def after_cancel_fit(self: SGDropCallback):
+    "Read the monitor of an epoch that was not finished"
+    if self.engine is not None: self.engine.monitor.report(epoch=self.epoch)
+
 # %% ../nbs/06_callback.ipynb #bbb2086d
 @patch
 def state_dict(self: SGDropCallback) -> dict:

@@ -236,7 +236,7 @@ def part_steps(
     return {
         'ψ': head, 'ψ back to z': lambda: gradient(z), 'ψ back': lambda: gradient(z, *weights),
         'forward': forward, 'φ′': lambda: full.engine.teacher.look([x], []),
-        'update': lambda: full.engine.step(), 'mask': lambda: saliency_mask(A, rho),
+        'update': lambda: full.engine.teacher.update(net), 'mask': lambda: saliency_mask(A, rho),
         'quantile': lambda: rows <= torch.quantile(rows, 1 - rho, dim=1, keepdim=True),
         'sort': lambda: rows <= rows.sort(1).values[:, kept, None]}
 

@@ -72,7 +72,8 @@ class SGDropLightning(Callback):
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         vars(module).pop('sgdrop', None)
 
-    def state_dict(self) -> dict: return self.engine.state_dict() if self.engine else {}
+    def state_dict(self) -> dict:
+        return self.engine.state_dict() if self.engine else self.resumed or {}
 
     def load_state_dict(self, state: dict) -> None:
         check_state(state, self.settings.get('teacher') is not None)

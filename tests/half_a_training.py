@@ -13,7 +13,7 @@ from networks import images
 from sgdrop.callback import SGDropCallback
 from two_processes import network
 
-SETTINGS = dict(rho=0.3, teacher='full', share=0.5, unmasked=0.3)
+SETTINGS = dict(rho=0.3, teacher='full', p=0.5, clean_weight=0.3)
 
 
 class StopAfter(Callback):

@@ -11,8 +11,10 @@ from fastai.vision.learner import create_vision_model
 from fastai.vision.models import resnet18
 from fastai.vision.models.xresnet import xresnet18
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import models as tv
 
+from sgdrop.callback import SGDropCallback
 from sgdrop.split import unwrapped
 from sgdrop.teacher import copy_without_watchers
 
@@ -110,12 +112,35 @@ class Compares(nn.Module):
     def forward(self, a, b): return self.fc(torch.cat([self.encoder(t).relu().mean((2, 3)) for t in (a, b)], 1))
 
 
+class Recomputed(nn.Module):
+    "A part of a network under gradient checkpointing"
+    def __init__(self, part, reentrant=False):
+        super().__init__()
+        self.part, self.reentrant = part, reentrant
+    def forward(self, x): return checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+
 class Autocast(Callback):
     "What MixedPrecision does on a GPU, in bfloat16 on the CPU"
     order = MixedPrecision.order
     def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
     def after_pred(self): self.learn.pred = self.pred.float()
     def after_loss(self): self.cast.__exit__(None, None, None)
+
+
+class Spy(Callback):
+    "Notes the logits before SGDrop saw them (`order` just below its own) or after"
+    def __init__(self, order): self.order, self.preds = order, []
+    def after_pred(self):
+        if self.training: self.preds.append(self.pred)
+
+
+def spies() -> tuple[Spy, Spy]: return Spy(SGDropCallback.order - 0.5), Spy(SGDropCallback.order + 0.5)
+
+
+def masked_images(cb: Callback) -> int:
+    "How many images an SGDropCallback made holes in, in its last fit"
+    return sum(row['images'] for row in cb.history)
 
 
 def bare_loss(learn: Learner) -> float:

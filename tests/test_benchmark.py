@@ -1,6 +1,7 @@
 "The benchmark's summaries, from its rows once more: plain Python, without pandas and without the package's own statistics."
 import json
 from collections import Counter, defaultdict
+from inspect import signature
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,8 +12,8 @@ from scipy.stats import t
 
 from sgdrop import bench
 from sgdrop.bench import CELL, PAIR, benchmark_plan, by_cell, chosen, differences_to, tuned_in
-from sgdrop.callback import SGDropCallback
 from sgdrop.compare import settings_key
+from sgdrop.dropout import SGDrop
 
 RESULTS = Path(__file__).parents[1] / 'results'
 
@@ -68,8 +69,8 @@ def test_the_chosen_settings_have_the_best_mean_of_their_tries():
 
 
 def test_the_defaults_are_the_chosen_settings():
-    default = SGDropCallback()
-    assert {name: getattr(default, name) for name in tuned_in(RESULTS)['sgdrop']['sgdrop']} == tuned_in(RESULTS)['sgdrop']['sgdrop']
+    chosen_settings, parameters = tuned_in(RESULTS)['sgdrop']['sgdrop'], signature(SGDrop).parameters
+    assert {name: parameters[name].default for name in chosen_settings} == chosen_settings
 
 
 def test_a_run_on_tiny_flowers(tiny_sets, monkeypatch):

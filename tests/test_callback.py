@@ -22,9 +22,10 @@ from fastai.vision.models import resnet18
 from fastai.vision.models.unet import DynamicUnet
 from torch import nn
 
-from networks import Autocast, bare_loss, build, hooked, images, same_weights
-from sgdrop.callback import NoEffectWarning, SGDropCallback
+from networks import Autocast, bare_loss, build, hooked, images, same_weights, spies
+from sgdrop.callback import SGDropCallback
 from sgdrop.mask import SaliencyWarning
+from sgdrop.monitor import NoEffectWarning
 
 
 # What it says to wrong settings
@@ -32,11 +33,11 @@ from sgdrop.mask import SaliencyWarning
 @pytest.mark.parametrize('settings, said', [
     *((dict(rho=rho), r'rho must lie in \[0, 1\)') for rho in (-0.1, 1, 1.5, 20, math.nan, 'much')),
     *((dict(ema=ema), r'ema must lie in \[0, 1\)') for ema in (-0.1, 1, 99, None)),
-    *(({name: value}, rf'{name} must lie in \[0, 1\]') for name in ('share', 'start', 'end') for value in (-0.1, 1.1, 50)),
+    *(({name: value}, rf'{name} must lie in \[0, 1\]') for name in ('p', 'start', 'end') for value in (-0.1, 1.1, 50)),
     (dict(start=0.6, end=0.4), 'start must come before end'),
     (dict(target='labels'), "target must be one of 'predicted', 'label'; got 'labels'"),
     (dict(teacher='Full'), "teacher must be one of 'full', 'head', None; got 'Full'"),
-    *((dict(unmasked=w), r'unmasked must lie in \[0, 1\)') for w in (-0.1, 1, 50)),
+    *((dict(clean_weight=w), r'clean_weight must lie in \[0, 1\)') for w in (-0.1, 1, 50)),
     (dict(rho=lambda done: done), r'rho must lie in \[0, 1\), got 1'),
     (dict(fill='noise'), "fill must be one of .*'mean'.*or a function of .*got 'noise'"),
     (dict(granularity='pixel'), "granularity must be one of 'element', 'spatial', 'channel'; got 'pixel'"),
@@ -54,17 +55,17 @@ def fit_fails_with(learn, said, error=ValueError):
 
 
 def test_two_callbacks_on_one_learner_are_refused(small_net, make_learner):
-    fit_fails_with(make_learner(small_net(), [SGDropCallback(rho=0.3), SGDropCallback(rho=0.1)]), 'one SGDropCallback per Learner')
+    fit_fails_with(make_learner(small_net(), [SGDropCallback(rho=0.3), SGDropCallback(rho=0.1)]), 'two SGDropCallbacks')
 
 
 def test_labels_that_are_no_classes_are_trained_on_unwatched(small_net, make_learner):
     amounts = torch.randn(32)
     by_amount = lambda scores, y: scores.exp()[:, 0].sub(y).square().mean()
-    cb = SGDropCallback(rho=0.3, share=1.)
+    cb = SGDropCallback(rho=0.3)
     with pytest.warns(SaliencyWarning, match='cannot watch') as warned:
         net = fitted(make_learner, small_net(), cb, labels=amounts, loss_func=by_amount).model
     assert len([w for w in warned if issubclass(w.category, SaliencyWarning)]) == 1
-    assert not cb.history and not same_weights(net, small_net())
+    assert all(math.isnan(row['clean']) for row in cb.history) and not same_weights(net, small_net())
     learn = make_learner(small_net(), SGDropCallback(rho=0.3, target='label'), labels=amounts, loss_func=by_amount)
     fit_fails_with(learn, "target='label' cannot use these labels")
 
@@ -104,16 +105,6 @@ def test_channels_cannot_be_ranked_by_gradcam(small_net, make_learner):
 
 # What it leaves alone
 
-class Spy(Callback):
-    "Notes the scores before SGDrop saw them (`order` just below its own) or after"
-    def __init__(self, order): self.order, self.preds = order, []
-    def after_pred(self):
-        if self.training: self.preds.append(self.pred)
-
-
-def spies(): return Spy(SGDropCallback.order - 0.5), Spy(SGDropCallback.order + 0.5)
-
-
 def acted(before, after): return [b is not a for b, a in zip(before.preds, after.preds, strict=True)]
 
 
@@ -124,7 +115,7 @@ def fitted(make_learner, net, cb, epochs=2, **kwargs):
 
 
 def test_validation_sees_no_mask(small_net, make_learner):
-    learn = fitted(make_learner, small_net(), None, cbs=SGDropCallback(rho=0.5, share=1., granularity='element'))
+    learn = fitted(make_learner, small_net(), None, cbs=SGDropCallback(rho=0.5, granularity='element'))
     assert learn.recorder.values[-1][1] == pytest.approx(bare_loss(learn), abs=1e-6)  # within the fit
     assert learn.validate()[0] == pytest.approx(bare_loss(learn), abs=1e-6)           # and with the callback still attached
     scores, _ = learn.get_preds(act=nn.Identity())
@@ -133,7 +124,7 @@ def test_validation_sees_no_mask(small_net, make_learner):
 
 
 def test_a_second_fit_does_what_the_first_did(small_net, make_learner):
-    cb = SGDropCallback(rho=0.3, share=0.5, teacher='full', granularity='element')
+    cb = SGDropCallback(rho=0.3, p=0.5, teacher='full', granularity='element')
     first, second = fitted(make_learner, small_net(), cb), fitted(make_learner, small_net(), cb)
     assert same_weights(first.model, second.model) and not same_weights(first.model, fitted(make_learner, small_net(), None).model)
 
@@ -144,7 +135,7 @@ def test_it_draws_no_random_numbers_that_plain_training_would_not(small_net, mak
         return torch.get_rng_state(), random.getstate()
     rng, shuffling = state_after(None)
     for teacher in (None, 'head', 'full'):
-        with_cb, shuffling_too = state_after(SGDropCallback(rho=0.3, share=0.5, teacher=teacher, layer='0'))
+        with_cb, shuffling_too = state_after(SGDropCallback(rho=0.3, p=0.5, teacher=teacher, layer='0'))
         assert with_cb.equal(rng) and shuffling_too == shuffling
 
 
@@ -164,33 +155,35 @@ def test_the_network_ends_in_the_mode_it_would_end_in_without(small_net, make_le
 @pytest.mark.parametrize('start, end, active', [(0., 1., range(8)), (0.25, 0.75, range(2, 6)), (0.5, 1., range(4, 8)), (0., 0.125, range(1))])
 def test_outside_its_window_training_is_plain(start, end, active, small_net, make_learner):
     before, after = spies()
-    fitted(make_learner, small_net(), [before, after, SGDropCallback(rho=0.3, share=1., start=start, end=end)])
+    fitted(make_learner, small_net(), [before, after, SGDropCallback(rho=0.3, start=start, end=end)])
     assert [i for i, a in enumerate(acted(before, after)) if a] == list(active)
 
 
 def test_a_window_that_no_power_of_two_divides_is_kept_to_the_batch(small_net, make_learner):
     before, after = spies()
-    fitted(make_learner, small_net(), [before, after, SGDropCallback(rho=0.3, share=1., start=0.3, end=0.8)], epochs=1, n=80)
+    fitted(make_learner, small_net(), [before, after, SGDropCallback(rho=0.3, start=0.3, end=0.8)], epochs=1, n=80)
     assert [i for i, a in enumerate(acted(before, after)) if a] == [3, 4, 5, 6, 7]
 
 
-def test_only_a_share_of_the_images_is_masked(small_net, make_learner):
+def test_only_some_of_the_images_are_masked(small_net, make_learner):
     before, after = spies()
     net = small_net()
     net[4].p = 0.  # dropout would tell all scores apart
-    fitted(make_learner, net, [before, after, SGDropCallback(rho=0.3, share=0.5)], n=256, bs=64, epochs=1)
+    fitted(make_learner, net, [before, after, SGDropCallback(rho=0.3, p=0.5)], n=256, bs=64, epochs=1)
     same = torch.cat([(b - a).abs().amax(1) < 1e-6 for b, a in zip(before.preds, after.preds)])
     assert 0.3 < same.float().mean() < 0.7
 
 
-@pytest.mark.parametrize('settings', [dict(start=0.9), dict(share=0.), dict(attribution=lambda psi, z, classes: torch.zeros_like(z))])
-def test_a_callback_that_never_acted_says_so(settings, small_net, make_learner):
-    with pytest.warns(NoEffectWarning, match='dropped nothing in 4 batches'): fitted(make_learner, small_net(), SGDropCallback(rho=0.3, **settings), epochs=1)
+@pytest.mark.parametrize('settings, said', [
+    (dict(start=0.9), 'no step was masked'), (dict(p=0.), 'no step was masked'),
+    (dict(attribution=lambda head, z, classes: torch.zeros_like(z)), 'attribution was zero')])
+def test_a_callback_that_never_acted_says_so(settings, said, small_net, make_learner):
+    with pytest.warns(NoEffectWarning, match=f'dropped nothing: .*{said}'): fitted(make_learner, small_net(), SGDropCallback(rho=0.3, **settings), epochs=1)
 
 
 def test_a_map_too_small_for_the_share_is_told_so(small_net, make_learner):
     cb = SGDropCallback(rho=0.2, granularity='spatial')  # a fifth of four positions is none at all
-    with pytest.warns(NoEffectWarning, match='rho'): fitted(make_learner, small_net(), cb, epochs=1, size=2)
+    with pytest.warns(NoEffectWarning, match='rho=0.2 of 4 is less than one'): fitted(make_learner, small_net(), cb, epochs=1, size=2)
 
 
 def test_a_share_of_zero_warns_of_nothing(small_net, make_learner):
@@ -228,15 +221,15 @@ def test_the_teacher_follows_the_steps_of_the_optimizer(other, n, teacher, small
     cb, learn = SGDropCallback(rho=0.3, teacher=teacher), make_learner(small_net())
     steps = counted(learn)
     learn.fit(2, cbs=[cb, other()])
-    assert cb.ema_teacher.n_updates == len(steps) == n
+    assert cb.engine.teacher.n_updates == len(steps) == n
 
 
 # What it trains on
 
 class ByHand:
     "The same steps without a callback: gradient × activation of the predicted class, positions dropped, SGD"
-    def __init__(self, net, rho, fill, unmasked):
-        self.net, self.rho, self.fill, self.unmasked = net, rho, fill, unmasked
+    def __init__(self, net, rho, fill, clean_weight):
+        self.net, self.rho, self.fill, self.clean_weight = net, rho, fill, clean_weight
 
     def loss(self, x, y):
         z = self.net[1](self.net[0](x))
@@ -247,17 +240,17 @@ class ByHand:
         keep = torch.ones_like(A).scatter(1, A.topk(k).indices, 0.).view(len(z), 1, *z.shape[2:])
         holes = (1 - keep) * (z.mean((2, 3), keepdim=True) if self.fill == 'mean' else 0)
         loss = nn.functional.cross_entropy
-        return (1 - self.unmasked) * loss(self.net[2:](z * keep + holes), y) + self.unmasked * loss(scores, y)
+        return (1 - self.clean_weight) * loss(self.net[2:](z * keep + holes), y) + self.clean_weight * loss(scores, y)
 
 
 @pytest.mark.parametrize('accumulate', [None, 16])
 @pytest.mark.parametrize('fill', ['zero', 'mean'])
-@pytest.mark.parametrize('unmasked', [0., 0.3])
-def test_the_gradients_are_those_of_the_blended_loss(unmasked, fill, accumulate, small_net, make_learner):
+@pytest.mark.parametrize('clean_weight', [0., 0.3])
+def test_the_gradients_are_those_of_the_blended_loss(clean_weight, fill, accumulate, small_net, make_learner):
     "Also under gradient accumulation, which scales the loss before SGDrop's events come"
     def net():  # no dropout: the two scores of a step would draw different numbers by hand
         return nn.Sequential(*[m for m in small_net() if not isinstance(m, nn.Dropout)])
-    learn, hand = make_learner(net()), ByHand(net().train(), 0.3, fill, unmasked)
+    learn, hand = make_learner(net()), ByHand(net().train(), 0.3, fill, clean_weight)
     seen, grads = [], []
     class Note(Callback):
         order = SGDropCallback.order + 3
@@ -265,7 +258,7 @@ def test_the_gradients_are_those_of_the_blended_loss(unmasked, fill, accumulate,
             seen.append((self.x.clone(), self.y.clone()))
             grads.append([p.grad.clone() for p in self.learn.model.parameters()])
             if len(grads) == 2: raise CancelFitException
-    cb = SGDropCallback(rho=0.3, share=1., teacher=None, granularity='spatial', fill=fill, unmasked=unmasked)
+    cb = SGDropCallback(rho=0.3, teacher=None, granularity='spatial', fill=fill, clean_weight=clean_weight)
     learn.fit(1, 0., cbs=[cb, Note(), *([GradientAccumulation(accumulate)] if accumulate else [])])
     x, y = seen[0]
     hand.loss(x, y).backward()
@@ -278,18 +271,18 @@ def test_both_losses_are_those_of_blended_labels(mix, small_net, make_learner):
     learn, losses = make_learner(small_net()), []
     class Note(Callback):
         order = SGDropCallback.order + 3
-        def after_pred(self): self.masked, self.plain = self.pred.detach(), cb.blended.other.detach()
+        def after_pred(self): self.masked, self.plain = self.pred.detach(), before.preds[-1].detach()
         def after_loss(self):
             loss = lambda scores: torch.lerp(*(nn.functional.cross_entropy(scores, y, reduction='none') for y in (mixer.yb1[0], self.y)), mixer.lam).mean()
             losses.append((self.loss.item(), (0.6 * loss(self.masked) + 0.4 * loss(self.plain)).item()))
-    mixer, cb, note = mix(0.5), SGDropCallback(rho=0.3, share=1., unmasked=0.4), Note()
+    mixer, note, (before, _) = mix(0.5), Note(), spies()
     note.run_valid = False
-    learn.fit(2, cbs=[mixer, cb, note])
+    learn.fit(2, cbs=[mixer, before, note, SGDropCallback(rho=0.3, clean_weight=0.4)])
     assert len(losses) == 8 and all(ours == pytest.approx(theirs, abs=1e-5) for ours, theirs in losses)
 
 
 def test_a_schedule_of_rho_is_followed(small_net, make_learner):
-    cb = SGDropCallback(rho=SchedLin(0., 0.8), share=1., granularity='element', teacher='head', unmasked=0.)
+    cb = SGDropCallback(rho=SchedLin(0., 0.8), granularity='element', teacher='head', clean_weight=0.)
     fitted(make_learner, small_net(), cb, epochs=4, n=512, bs=64)
     shares = [h['dropped'] for h in cb.history]
     assert len(shares) == 4 and shares == sorted(shares) and shares[0] < 0.2 < shares[-1]
@@ -297,7 +290,7 @@ def test_a_schedule_of_rho_is_followed(small_net, make_learner):
 
 # Whom it gets along with
 
-ATTRIBUTIONS = {'grad_x_act': 'grad_x_act', 'gradcam': 'gradcam', 'captum': LayerGradientXActivation, 'function': lambda psi, z, classes: z.abs()}
+ATTRIBUTIONS = {'grad_x_act': 'grad_x_act', 'gradcam': 'gradcam', 'captum': LayerGradientXActivation, 'function': lambda head, z, classes: z.abs()}
 PAIRS = [pytest.param(g, A, id=f'{g}-{name}') for g in ('element', 'spatial', 'channel') for name, A in ATTRIBUTIONS.items()
          if (g, name) != ('channel', 'gradcam')]  # which is refused, see above
 
@@ -305,7 +298,7 @@ PAIRS = [pytest.param(g, A, id=f'{g}-{name}') for g in ('element', 'spatial', 'c
 @pytest.mark.parametrize('granularity, attribution', PAIRS)
 @pytest.mark.parametrize('teacher', [None, 'head', 'full'])
 def test_every_combination_trains(teacher, granularity, attribution, small_net, make_learner):
-    cb = SGDropCallback(rho=0.3, share=1., teacher=teacher, granularity=granularity, attribution=attribution)
+    cb = SGDropCallback(rho=0.3, teacher=teacher, granularity=granularity, attribution=attribution)
     net = fitted(make_learner, small_net(), cb, epochs=1).model
     report, = cb.history
     assert 0 < report['dropped'] <= 0.3 and 0 <= report['kept'] < 1 and 0 < report['images'] <= 32
@@ -324,7 +317,7 @@ class Stronger(Callback):
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_the_label_of_a_blended_image_is_the_stronger_one(mix, small_net, make_learner):
     mix, asked = mix(1.), []
-    def note(psi, z, classes): asked.append(classes.int().argmax(1).tolist()); return z.abs()
+    def note(head, z, classes): asked.append(classes.int().argmax(1).tolist()); return z.abs()
     stronger = Stronger(mix)
     fitted(make_learner, small_net(), [mix, stronger, SGDropCallback(rho=0.3, target='label', attribution=note)], epochs=8)
     assert asked == stronger.labels and len(asked) == 32
@@ -333,7 +326,7 @@ def test_the_label_of_a_blended_image_is_the_stronger_one(mix, small_net, make_l
 @pytest.mark.parametrize('mix', [None, MixUp, CutMix])
 def test_it_trains_on_several_labels_per_image(mix, small_net, make_learner):
     labels = (torch.rand(32, 4) < 0.4).float()
-    cb = SGDropCallback(rho=0.3, share=1., target='label')
+    cb = SGDropCallback(rho=0.3, target='label')
     fitted(make_learner, small_net(), [cb] if mix is None else [cb, mix(0.5)], labels=labels, loss_func=BCEWithLogitsLossFlat())
     assert cb.history
 
@@ -341,24 +334,24 @@ def test_it_trains_on_several_labels_per_image(mix, small_net, make_learner):
 def test_a_second_fit_starts_with_a_new_teacher_and_a_new_history(small_net, make_learner):
     cb = SGDropCallback(rho=0.3, teacher='head')
     learn = fitted(make_learner, small_net(), cb, epochs=3)
-    first = cb.ema_teacher
+    first = cb.engine.teacher
     learn.fit(1, cbs=cb)
-    assert cb.ema_teacher is not first and cb.ema_teacher.n_updates == 4 and [h['epoch'] for h in cb.history] == [0]
+    assert cb.engine.teacher is not first and cb.engine.teacher.n_updates == 4 and [h['epoch'] for h in cb.history] == [0]
 
 
 @pytest.mark.parametrize('teacher', [None, 'head', 'full'])
-def test_a_psi_without_weights_will_do(teacher, make_learner):
+def test_a_head_without_weights_will_do(teacher, make_learner):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # all-convolutional
     cb = SGDropCallback(rho=0.3, teacher=teacher)
     fitted(make_learner, net, cb)
     assert cb.history
 
 
-@pytest.mark.parametrize('teacher', [None, 'head', 'full'])
-def test_a_layer_that_psi_has_to_replay_trains(teacher, make_learner):
-    cb = SGDropCallback(rho=0.1, share=1., teacher=teacher, layer='layer4.1.conv1', granularity='element')
+@pytest.mark.parametrize('teacher', [None, 'full'])
+def test_a_layer_that_no_cut_is_possible_behind_trains(teacher, make_learner):
+    cb = SGDropCallback(rho=0.1, teacher=teacher, layer='layer4.1.conv1', granularity='element')
     learn = make_learner(build('resnet18'), n=8, bs=4, size=64, classes=10)
-    with pytest.warns(UserWarning, match='cannot be cut'): learn.fit(1, cbs=cb)
+    with pytest.warns(SaliencyWarning, match='cannot be cut.*runs the whole network twice'): learn.fit(1, cbs=cb)
     assert cb.history and not hooked(learn.model) and all(v.isfinite().all() for v in learn.model.state_dict().values())
     assert [m.num_batches_tracked.item() for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)] == [2] * 20
 
@@ -394,14 +387,15 @@ def named_learner(net, path, cb):
 @pytest.mark.parametrize('when', ['before', 'after'])
 def test_an_exported_learner_comes_back_and_trains_on(when, layer, small_net, tmp_path):
     net = small_net()
-    settings = dict(rho=0.4, layer=net[0] if layer == 'the module itself' else layer, teacher='full', granularity='element', share=0.7, ema=0.5, target='label')
+    settings = dict(rho=0.4, layer=net[0] if layer == 'the module itself' else layer, teacher='full', granularity='element', p=0.7, ema=0.5, target='label')
     learn = named_learner(net, tmp_path, SGDropCallback(**settings))
     if when == 'after': learn.fit(2)
     learn.export()
     loaded = load_learner(tmp_path / 'export.pkl')
     assert same_weights(loaded.model, net)
     cb, = [cb for cb in loaded.cbs if isinstance(cb, SGDropCallback)]
-    assert cb.ema_teacher is None and cb.psis is None and {k: getattr(cb, k) for k in settings if k != 'layer'} == {k: v for k, v in settings.items() if k != 'layer'}
+    assert cb.engine is None and cb.rho == settings.pop('rho')
+    assert cb.settings | dict(layer=None) == settings | dict(layer=None)
     image = images(1, 8, seed=3)[0]
     assert loaded.predict(TensorImage(image))[2].allclose(net.eval()(image[None]).softmax(1)[0], atol=1e-6)
     loaded.dls = learn.dls
@@ -420,7 +414,7 @@ def test_an_export_holds_no_second_network(small_net, tmp_path):
 
 @pytest.mark.parametrize('used', [False, True])
 def test_a_copy_of_the_callback_does_the_same(used, small_net, make_learner):
-    cb = SGDropCallback(rho=0.3, share=0.5, teacher='head', granularity='element')
+    cb = SGDropCallback(rho=0.3, p=0.5, teacher='head', granularity='element')
     if used: fitted(make_learner, small_net(), cb)
     twin = copy.deepcopy(cb)
     assert same_weights(fitted(make_learner, small_net(), twin).model, fitted(make_learner, small_net(), cb).model)

@@ -28,9 +28,8 @@ from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage, params
 from fastai.vision.augment import RandomErasing
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from networks import bare_loss, conv, hooked, images, small_network
+from networks import Recomputed, bare_loss, conv, hooked, images, masked_images, small_network
 from sgdrop.bench import AverageWeights
 from sgdrop.callback import SGDropCallback
 from sgdrop.split import unwrapped
@@ -38,8 +37,8 @@ from sgdrop.split import unwrapped
 VARIANTS = {f'{teacher}-{name}': dict(teacher=teacher, **settings) for teacher, (name, settings) in product((None, 'head', 'full'), dict(
     element=dict(granularity='element', target='predicted'),
     spatial=dict(granularity='spatial', target='label'),
-    channel=dict(granularity='channel', target='predicted', fill='kept_mean', unmasked=0.5)).items())}
-VARIANTS['head-two_layers'] = dict(teacher='head', layer=['0', '1'], unmasked=0.)  # with a second pass, a BatchNorm under a checkpoint counts that one too
+    channel=dict(granularity='channel', target='predicted', fill='kept_mean', clean_weight=0.5)).items())}
+VARIANTS['head-two_layers'] = dict(teacher='head', layer=['0', '1'], clean_weight=0.)  # with a second pass, a BatchNorm under a checkpoint counts that one too
 
 
 class MixedOnCPU(MixedPrecision):
@@ -50,25 +49,17 @@ class MixedOnCPU(MixedPrecision):
         self.learn.scaler, self.scales = torch.amp.GradScaler('cpu', enabled=half), []
 
 
-class Recomputed(nn.Module):
-    "A part of a network under gradient checkpointing"
-    def __init__(self, part, reentrant=False):
-        super().__init__()
-        self.part, self.reentrant = part, reentrant
-    def forward(self, x): return checkpoint(self.part, x, use_reentrant=self.reentrant)
-
-
 class TwoViews(nn.Sequential):
     "A network of two inputs"
     def forward(self, a, b): return super().forward(torch.maximum(a, b))
 
 
-def recomputed_phi():
+def recomputed_body():
     net = small_network()
     return nn.Sequential(net[0], Recomputed(net[1]), *net[2:])
 
 
-def recomputed_psi(): return nn.Sequential(*small_network()[:2], Recomputed(small_network()[2:]))
+def recomputed_head(): return nn.Sequential(*small_network()[:2], Recomputed(small_network()[2:]))
 def body_and_head(model): return [params(part) for part in (unwrapped(model)[:2], unwrapped(model)[2:])]
 
 
@@ -113,8 +104,8 @@ PARTNERS = dict(
     interpretation=Partner(use=lambda learn: Interpretation.from_learner(learn).losses),
     augmented_at_test=Partner(use=lambda learn: learn.tta(n=2)[0], tfms=lambda: [RandomErasing(p=1.)]),
     compiled=Partner(net=lambda: torch.compile(small_network(), backend='eager')),
-    recomputed_phi=Partner(net=recomputed_phi),
-    recomputed_psi=Partner(net=recomputed_psi),
+    recomputed_body=Partner(net=recomputed_body),
+    recomputed_head=Partner(net=recomputed_head),
     two_inputs=Partner(net=lambda: TwoViews(*small_network()), n_inp=2),
     many_labels=Partner(loss=BCEWithLogitsLossFlat),
 )
@@ -181,16 +172,22 @@ def plain(tmp_path_factory):
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('name', PARTNERS)
+# each partner with each teacher, target, granularity and weight of the clean loss; each variant; and the pairs that share something
+PAIRS = dict.fromkeys([
+    *product(['plain'], VARIANTS), *product(PARTNERS, ['None-channel', 'head-element', 'full-spatial']),
+    *product(['bf16', 'fp16', 'accumulation', 'compiled', 'recomputed_body', 'recomputed_head', 'many_labels'], ['head-two_layers']),
+    *product(['mixup', 'cutmix', 'many_labels', 'label_smoothing'], ['None-spatial'])])
+
+
+@pytest.mark.parametrize('name, variant', PAIRS)
 def test_it_masks_in_training_and_leaves_everything_else_alone(name, variant, plain, tmp_path):
     if name == 'tensorboard' and not find_spec('tensorboard'): pytest.skip('tensorboard is not installed')
-    partner, cb = PARTNERS[name], SGDropCallback(0.3, share=1., ema=0.5, **VARIANTS[variant])
+    partner, cb = PARTNERS[name], SGDropCallback(0.3, ema=0.5, **VARIANTS[variant])
     ours, theirs = trained(name, tmp_path, cb), plain(name)
     learn, history = ours.learn, cb.history
 
     # it trained, and not as it would have without
-    assert cb.n_dropped_images > 0 and ours.losses != theirs.losses and all(v.isfinite().all() for v in ours.weights.values())
+    assert masked_images(cb) > 0 and ours.losses != theirs.losses and all(v.isfinite().all() for v in ours.weights.values())
     back = name == 'lr_find'  # which puts the first weights back
     assert same(ours.weights, theirs.weights) == same(ours.weights, unwrapped(partner.net()).state_dict()) == back
 
@@ -216,25 +213,25 @@ def test_it_acts_after_all_that_change_the_prediction_and_before_the_loss_is_not
     assert {MixUp, GradientAccumulation, MixedPrecision, GradientClip} <= {*order[:at]} and Recorder in order[at:]
 
 
-@pytest.mark.parametrize('name', ['compiled', 'recomputed_phi', 'recomputed_psi'])
+@pytest.mark.parametrize('name', ['compiled', 'recomputed_body', 'recomputed_head'])
 def test_a_network_that_is_run_in_another_way_learns_the_same(name, tmp_path):
     def weights(partner):
         seed()
-        learn = make_learner(partner, tmp_path, SGDropCallback(0.3, share=1., unmasked=0.5))
+        learn = make_learner(partner, tmp_path, SGDropCallback(0.3, clean_weight=0.5))
         learn.fit(8)  # more batches than the compiler would compile anew for
         return list(learn.model.parameters())
     torch.testing.assert_close(weights(PARTNERS[name]), weights(PARTNERS['plain']))
 
 
 def layer_in_a_checkpoint(): return nn.Sequential(conv(3, 8), Recomputed(nn.Sequential(conv(8, 8), conv(8, 8)), True), *small_network()[2:])
-def psi_in_a_checkpoint(): return nn.Sequential(*small_network()[:2], Recomputed(small_network()[2:], True))
+def head_in_a_checkpoint(): return nn.Sequential(*small_network()[:2], Recomputed(small_network()[2:], True))
 
 
 @pytest.mark.filterwarnings('ignore:None of the inputs have requires_grad')
 @pytest.mark.parametrize('teacher', [None, 'head', 'full'])
-@pytest.mark.parametrize('net, layer', [(layer_in_a_checkpoint, '1.part.0'), (psi_in_a_checkpoint, None)])
+@pytest.mark.parametrize('net, layer', [(layer_in_a_checkpoint, '1.part.0'), (head_in_a_checkpoint, None)])
 def test_a_checkpoint_that_hides_the_gradients_is_refused(net, layer, teacher, tmp_path):
     "With `use_reentrant=True`, what lies before the layer would learn nothing under the mask, or there is no attribution"
-    learn = make_learner(Partner(net=net), tmp_path, SGDropCallback(0.3, layer, teacher=teacher))
+    learn = make_learner(Partner(net=net), tmp_path, SGDropCallback(0.3, layer=layer, teacher=teacher))
     with pytest.raises(RuntimeError, match='use_reentrant=False'): learn.fit(1)
     assert not hooked(learn.model)

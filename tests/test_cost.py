@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sgdrop import callback, cost
+from sgdrop import cost, dropout
 from sgdrop.callback import SGDropCallback
 from sgdrop.cost import (VARIANTS, WholeModelMask, captum_saliency, cost_plan, cost_table, grad_cam_saliency, input_saliency, main,
-                         part_steps, parts_table, peak_memory, ratios, step_learner, take_turns, training_step, variant_steps)
+                         mask_agreement, part_steps, parts_table, peak_memory, ratios, step_learner, take_turns, training_step, variant_steps)
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def test_peak_memory_counts_what_was_freed_and_not_what_was_there():
 
 def test_captums_mask_is_ours(net, monkeypatch):
     "The whole-model attribution and the one from the step's own graph, on the same weights and batch"
-    masks, original = [], callback.saliency_mask
-    monkeypatch.setattr(callback, 'saliency_mask', lambda *args: masks.append(original(*args)) or masks[-1])
+    masks, original = [], dropout.saliency_mask
+    monkeypatch.setattr(dropout, 'saliency_mask', lambda *args: masks.append(original(*args)) or masks[-1])
     weights = {k: v.clone() for k, v in net.state_dict().items()}
     rival = WholeModelMask(captum_saliency)
     training_step(step_learner(net, 8), rival)()
     after = {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(weights)
-    training_step(step_learner(net, 8), SGDropCallback(0.2, granularity='element', fill='zero', unmasked=0.))()
+    training_step(step_learner(net, 8), SGDropCallback(0.2, granularity='element', fill='zero', clean_weight=0.))()
     assert len(masks) == 1 and rival.M.equal(masks[0]) and 0.05 < 1 - rival.M.float().mean() <= 0.2
     for k, v in net.state_dict().items(): torch.testing.assert_close(v, after[k], msg=k)
 
@@ -104,7 +104,9 @@ def test_all_variants_train_one_network(net):
         step()
         assert any(not p.equal(b) for p, b in zip(net.parameters(), before)), name
         assert all(p.isfinite().all() for p in net.parameters())
-    assert learners['full teacher'].sg_drop.ema_teacher.n_updates == 1
+    full = learners['full teacher'].sg_drop
+    assert full.engine.teacher.n_updates == 1
+    assert mask_agreement(full, torch.randn(4, 3, 8, 8)) > 0.9
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from fastai.callback.core import Callback
 from torch import nn
 
-from networks import same_weights
+from networks import masked_images, same_weights
 from sgdrop.callback import SGDropCallback
 from two_processes import TOGETHER, VARIANTS, items, joined, state, trained
 
@@ -35,7 +35,7 @@ def test_processes_end_with_equal_networks_and_teachers(name, ranks):
     assert (one['dropped'] > 0) == (name != 'plain')
 
 
-@pytest.mark.parametrize('name', [n for n in VARIANTS if n != 'share'])
+@pytest.mark.parametrize('name', [n for n in VARIANTS if n != 'half'])
 def test_two_processes_do_what_one_does_with_the_joined_batch(name, ranks):
     single, plain = (state(*trained(n, joined(items()), TOGETHER)) for n in (name, 'plain'))
     ends = [rank[name] for rank in ranks]
@@ -56,8 +56,8 @@ class ToSyncBatchNorm(Callback):
 def test_batchnorm_layers_may_be_replaced_when_the_fit_begins(layer, teacher, small_net, make_learner):
     nets = []
     for others in ([], [ToSyncBatchNorm()]):
-        learn = make_learner(small_net(), [SGDropCallback(0.3, layer, teacher=teacher, share=1.), *others])
+        learn = make_learner(small_net(), [SGDropCallback(0.3, layer=layer, teacher=teacher), *others])
         learn.fit(2)
-        assert learn.sg_drop.n_dropped_images > 0
+        assert masked_images(learn.sg_drop) > 0
         nets.append(learn.model)
     assert any(isinstance(m, nn.SyncBatchNorm) for m in nets[1].modules()) and same_weights(*nets)

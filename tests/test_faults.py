@@ -6,6 +6,7 @@ import random
 import resource
 import warnings
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from fastai.learner import Recorder, SkipToEpoch
 from fastai.torch_core import params
 from torch import Tensor, nn
 
-from networks import Autocast, Compares, bare_loss, conv, hooked, same_weights
-from sgdrop.callback import NoEffectWarning, SGDropCallback
+from networks import Autocast, Compares, bare_loss, conv, hooked, masked_images, same_weights, spies
+from sgdrop.callback import SGDropCallback
 from sgdrop.compare import read_rows
 from sgdrop.mask import SaliencyWarning, zero_fill
+from sgdrop.monitor import STATS, NoEffectWarning
 from sgdrop.split import unwrapped
 
 TEACHERS = pytest.mark.parametrize('teacher', [None, 'head', 'full'])
@@ -67,20 +69,20 @@ def test_all_events_are_tried(): assert len(EVENTS) == 23
 @pytest.mark.parametrize('error', ERRORS)
 @pytest.mark.parametrize('name', EVENTS)
 def test_training_goes_on_after_an_error_at_any_event(name, error, order, small_net, make_learner):
-    learn = make_learner(small_net(), SGDropCallback(rho=0.3, share=1., teacher='full', unmasked=0.5), n=16)
+    learn = make_learner(small_net(), SGDropCallback(rho=0.3, teacher='full', clean_weight=0.5), n=16)
     loss_func, (failing, came) = learn.loss_func, fails_at(name, ERRORS[error]('no'), order)
     with pytest.raises(ERRORS[error]) if error != 'CancelFitException' or name in ('after_cancel_fit', 'after_fit') else nullcontext():
         learn.fit(2, cbs=failing)
     assert came
     # fastai says that a cancelled fit is over; after any other error the next use of the network clears up
-    if error == 'CancelFitException': assert not hooked(learn.model) and learn.loss_func is loss_func and learn.sg_drop.capture is None
+    if error == 'CancelFitException': assert not hooked(learn.model) and learn.loss_func is loss_func and learn.sg_drop.runs is None
     in_use(learn, loss_func)
 
 
 @pytest.mark.parametrize('skip', [CancelBatchException, CancelTrainException, CancelEpochException])
 @pytest.mark.parametrize('name', ['before_batch', 'after_pred', 'after_backward', 'before_step'])
 def test_validation_after_a_part_of_the_training_was_skipped_is_plain(name, skip, small_net, make_learner):
-    learn, seen = make_learner(small_net(), SGDropCallback(rho=0.3, share=1., unmasked=0.5), n=16), []
+    learn, seen = make_learner(small_net(), SGDropCallback(rho=0.3, clean_weight=0.5), n=16), []
     loss_func, (failing, _) = learn.loss_func, fails_at(name, skip, SGDropCallback.order + 1)
     compare = Callback(after_validate=lambda self: seen.append((self.recorder.log[-1], bare_loss(self.learn))))
     compare.order = Recorder.order + 1
@@ -102,7 +104,7 @@ class Bomb(nn.Module):
 @pytest.mark.parametrize('at', [0, 2])  # before the layer, and after it
 def test_no_hook_is_left_when_the_network_fails(at, error, small_net, make_learner):
     bomb, layers = Bomb(), list(small_net())
-    learn = make_learner(nn.Sequential(*layers[:at], bomb, *layers[at:]), SGDropCallback(rho=0.3, share=1.))
+    learn = make_learner(nn.Sequential(*layers[:at], bomb, *layers[at:]), SGDropCallback(rho=0.3))
     def arm(self): bomb.error = error if self.train_iter == 1 else None
     with pytest.raises(type(error)): learn.fit(1, cbs=Callback(before_batch=arm))
     assert not hooked(learn.model)
@@ -113,7 +115,7 @@ def test_no_hook_is_left_when_the_network_fails(at, error, small_net, make_learn
 @pytest.mark.parametrize('error', [RuntimeError('no'), KeyboardInterrupt()])
 @TEACHERS
 def test_an_error_in_the_attribution_leaves_nothing_behind(teacher, error, small_net, make_learner):
-    def fails(psi, z, classes):
+    def fails(head, z, classes):
         torch.rand(3)
         if len(seen) == 1: raise error
         seen.append(torch.get_rng_state())
@@ -122,20 +124,20 @@ def test_an_error_in_the_attribution_leaves_nothing_behind(teacher, error, small
     with pytest.raises(type(error)): learn.fit(1)
     assert not hooked(learn.model) and all(m.training for m in learn.model.modules()) and all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
     seen.clear()
-    learn.sg_drop.attribution = 'grad_x_act'
+    learn.sg_drop.settings['attribution'] = 'grad_x_act'
     in_use(learn, learn.loss_func)
 
 
 def test_the_loss_function_comes_back_when_it_fails_itself(small_net, make_learner):
     def fails(scores, y): raise ZeroDivisionError
     learn = make_learner(small_net(), loss_func=fails)
-    with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=SGDropCallback(rho=0.3, unmasked=0.5))
+    with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=SGDropCallback(rho=0.3, clean_weight=0.5))
     assert learn.loss_func is fails
 
 
 def test_what_a_validation_finds_is_not_what_the_training_found(small_net, make_learner):
     "fastai begins and ends a fit for a validation too"
-    learn = make_learner(small_net(), SGDropCallback(rho=0.3, share=0.))
+    learn = make_learner(small_net(), SGDropCallback(rho=0.3, p=0.))
     with pytest.warns(NoEffectWarning): learn.fit(1)
     with warnings.catch_warnings():
         warnings.simplefilter('error', SaliencyWarning)
@@ -162,7 +164,7 @@ def fit_and_note_holes(learn, **settings):
     def note(z, M):
         holes.append((~M).flatten(1).any(1).tolist())
         return zero_fill(z, M)
-    learn.fit(1, cbs=SGDropCallback(rho=0.3, share=1., fill=note, **settings))
+    learn.fit(1, cbs=SGDropCallback(rho=0.3, fill=note, **settings))
     return holes
 
 
@@ -175,8 +177,8 @@ def spoiled_net(net, where, value):
 def saliency_warnings(warned): return [str(w.message) for w in warned if issubclass(w.category, SaliencyWarning)]
 
 
-@TEACHERS
-@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('value, teacher', [
+    *product([float('nan'), float('inf'), -float('inf')], [None, 'head']), (float('nan'), 'full')])  # which looks at a map of its own
 def test_nothing_is_dropped_where_the_feature_map_is_not_finite(value, teacher, small_net, make_learner):
     learn = make_learner(spoiled_net(small_net(), 'features', value), n=8)
     with pytest.warns(SaliencyWarning, match='an image had NaN or infinity') as warned: holes, = fit_and_note_holes(learn, layer='2', teacher=teacher)
@@ -194,7 +196,7 @@ def test_nothing_is_dropped_where_the_scores_are_not_finite(value, teacher, smal
 @TEACHERS
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_nothing_is_dropped_where_the_attribution_is_not_finite(value, teacher, small_net, make_learner):
-    def attribution(psi, z, classes): return Spoils(value)(z.abs())
+    def attribution(head, z, classes): return Spoils(value)(z.abs())
     net = small_net()
     with pytest.warns(SaliencyWarning, match='an image had NaN or infinity') as warned: holes = fit_and_note_holes(make_learner(net), attribution=attribution, teacher=teacher)
     assert holes == [[False, *[True] * 7]] * 4 and len(saliency_warnings(warned)) == 1  # not one in each batch
@@ -214,11 +216,11 @@ def test_a_class_that_the_network_rules_out_is_no_reason_to_drop_nothing(teacher
 
 def test_a_training_that_ends_at_nan_leaves_nothing_behind(small_net, make_learner):
     "fastai ends it before SGDrop's own end of the batch"
-    cb = SGDropCallback(rho=0.3, unmasked=0.5)
+    cb = SGDropCallback(rho=0.3, clean_weight=0.5)
     learn = make_learner(spoiled_net(small_net(), 'scores', float('nan')))
     loss_func = learn.loss_func
     with pytest.warns(SaliencyWarning): learn.fit(1, cbs=[cb, TerminateOnNaNCallback()])
-    assert cb.capture is None and cb.blended is None and learn.loss_func is loss_func and not hooked(learn.model)
+    assert cb.runs is None and learn.loss_func is loss_func and not hooked(learn.model)
 
 
 # Data and networks that are unusual
@@ -226,7 +228,7 @@ def test_a_training_that_ends_at_nan_leaves_nothing_behind(small_net, make_learn
 @TEACHERS
 def test_a_batch_of_one_will_do(teacher, make_learner):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-    cb = SGDropCallback(rho=0.3, share=1., teacher=teacher)
+    cb = SGDropCallback(rho=0.3, teacher=teacher)
     make_learner(net, bs=1, n=3).fit(1, cbs=cb)
     assert cb.history and finite(net)
 
@@ -234,7 +236,7 @@ def test_a_batch_of_one_will_do(teacher, make_learner):
 @TEACHERS
 @pytest.mark.parametrize('layer', ['0', None])  # with a BatchNorm behind the mask, and without
 def test_a_last_batch_of_one_will_do_under_batchnorm(layer, teacher, small_net, make_learner):
-    net, cb = small_net(), SGDropCallback(rho=0.3, layer=layer, share=1., teacher=teacher)
+    net, cb = small_net(), SGDropCallback(rho=0.3, layer=layer, teacher=teacher)
     learn = make_learner(net, n=9, bs=4)
     learn.dls.train.drop_last = False
     learn.fit(1, cbs=cb)
@@ -255,14 +257,14 @@ def test_a_batch_too_small_for_batchnorm_fails_as_it_would_without(small_net, ma
 @TEACHERS
 @pytest.mark.parametrize('target', ['predicted', 'label'])
 def test_a_class_without_images_will_do(target, teacher, small_net, make_learner):
-    net, cb = small_net(), SGDropCallback(rho=0.3, share=1., target=target, teacher=teacher)
+    net, cb = small_net(), SGDropCallback(rho=0.3, target=target, teacher=teacher)
     make_learner(net, classes=3).fit(1, cbs=cb)
     assert cb.history[0]['images'] > 0 and finite(net)
 
 
 @pytest.mark.parametrize('teacher', ['head', 'full'])
-def test_the_teacher_sees_through_the_dropout_of_psi(teacher, small_net, make_learner):
-    net, cb = small_net(), SGDropCallback(rho=0.3, share=1., teacher=teacher)
+def test_the_teacher_sees_through_the_dropout_of_the_head(teacher, small_net, make_learner):
+    net, cb = small_net(), SGDropCallback(rho=0.3, teacher=teacher)
     net[4].p = 1.  # so the student has no evidence at all
     make_learner(net).fit(1, cbs=cb)
     assert cb.history[0]['images'] == 32
@@ -273,7 +275,7 @@ def test_the_teacher_sees_through_the_dropout_of_psi(teacher, small_net, make_le
 def test_a_relu_in_place_behind_the_layer_does_not_write_into_the_map(frozen, teacher, make_learner):
     net, lowest = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), []
     net[0].requires_grad_(not frozen)
-    def note(psi, z, classes): lowest.append(z.min().item()); return z.abs()
+    def note(head, z, classes): lowest.append(z.min().item()); return z.abs()
     make_learner(net).fit(1, cbs=SGDropCallback(rho=0.3, layer='0', teacher=teacher, attribution=note))
     assert max(lowest) < 0
 
@@ -294,14 +296,11 @@ def reused_in_a_row():
 @TEACHERS
 @pytest.mark.parametrize('make, layer', [(Reused, None), (Reused, 'again'), (reused_in_a_row, None), (reused_in_a_row, '1')])
 def test_a_part_that_runs_twice_is_masked_behind_its_last_run(make, layer, teacher, make_learner):
-    net, scores = make(), []
-    def note(self): scores.append(self.pred.detach())
-    around = [Callback(after_pred=note), Callback(after_pred=note)]
-    for cb, order in zip(around, (SGDropCallback.order - 0.5, SGDropCallback.order + 0.5)): cb.order, cb.run_valid = order, False
+    before, after = spies()
     nothing = lambda z, M: z  # what comes after the mask must then make of the map what it made of it before
-    make_learner(net).fit(1, cbs=[*around, SGDropCallback(rho=0.3, layer=layer, share=1., teacher=teacher, fill=nothing)])
-    assert len(scores) == 8
-    for before, after in zip(scores[::2], scores[1::2]): torch.testing.assert_close(before, after)
+    make_learner(make()).fit(1, cbs=[before, after, SGDropCallback(rho=0.3, layer=layer, teacher=teacher, fill=nothing)])
+    assert len(before.preds) == 4
+    for own, masked in zip(before.preds, after.preds, strict=True): torch.testing.assert_close(own, masked)
 
 
 def body_and_head(model): return [params(model[:2]), params(model[2:])]
@@ -339,7 +338,7 @@ def test_a_network_compiled_in_plain_training_is_masked(small_net, make_learner)
     learn.fit(1)
     cb = SGDropCallback(rho=0.3, start=0.5)
     learn.fit(2, cbs=cb)
-    assert cb.n_dropped_images == 32
+    assert masked_images(cb) == 32
     eager, late = make_learner(small_net()), SGDropCallback(rho=0.3, start=0.5)
     eager.fit(1)
     eager.fit(2, cbs=late)
@@ -361,14 +360,14 @@ class ValidatesBetween(Callback):
 def test_a_validation_in_the_middle_of_a_fit_does_not_begin_it_anew(teacher, small_net, make_learner):
     nets, states = [], []
     for others in ([], [ValidatesBetween()]):
-        cb = SGDropCallback(rho=0.3, teacher=teacher, share=0.5)
+        cb = SGDropCallback(rho=0.3, teacher=teacher, p=0.5)
         learn = make_learner(small_net(), [cb, *others])
         learn.fit(3)
         nets.append(learn.model)
-        states.append((cb.n_batches, int(cb.n_dropped_images), getattr(cb.ema_teacher, 'n_updates', None)))
-    assert states[0] == states[1] and states[0][0] == 12 and same_weights(*nets)
+        states.append((cb.history, getattr(cb.engine.teacher, 'n_updates', 12)))
+    assert states[0] == states[1] and states[0][1] == 12 and same_weights(*nets)
     learn.fit(1)
-    assert cb.n_batches == 4
+    assert [row['epoch'] for row in cb.history] == [0]
 
 
 class HalfBody(nn.Module):
@@ -382,22 +381,21 @@ def test_a_body_in_half_precision_trains_its_head_under_autocast(teacher, small_
     net = small_net()
     cb = SGDropCallback(rho=0.3, teacher=teacher, layer='0')
     make_learner(nn.Sequential(HalfBody(net[:2]), *net[2:]), [Autocast(), cb]).fit(1)
-    assert cb.n_changed > 0
+    assert cb.engine.monitor.totals[STATS.index('changed')] > 0
 
 
 @pytest.mark.filterwarnings('ignore:.*cannot be cut')
-@TEACHERS
+@pytest.mark.parametrize('teacher', [None, 'full'])
 def test_a_network_that_compares_two_images_learns(teacher, make_learner):
-    "With two different images in place of one twice: the scores without a mask are the network's own"
-    class Unchanged(Callback):
-        order, run_valid, gaps = SGDropCallback.order + 1, False, []
-        def after_pred(self): self.gaps.append((self.pred - self.learn.sg_drop.blended.other).abs().max().item())
-    learn = make_learner(Compares(), [SGDropCallback(teacher=teacher, fill=lambda z, M: z), watch := Unchanged()])
+    "With two different images in place of one twice: the logits without a mask are the network's own"
+    before, after = spies()
+    learn = make_learner(Compares(), [before, SGDropCallback(teacher=teacher, fill=lambda z, M: z), after])
     x, y = learn.dls.one_batch()
     items = list(zip(x, x.flip(0), y))
     learn.dls = DataLoaders.from_dsets(items, items, bs=4, device='cpu', num_workers=0, n_inp=2)
     with pytest.warns(NoEffectWarning): learn.fit(1)
-    assert watch.gaps and max(watch.gaps) < 1e-5
+    assert before.preds
+    for own, masked in zip(before.preds, after.preds, strict=True): torch.testing.assert_close(own, masked)
 
 
 def test_inputs_that_are_no_tensors_are_refused(small_net, make_learner):
@@ -434,14 +432,14 @@ def memory(): return int(Path('/proc/self/statm').read_text().split()[1]) * reso
 
 @TEACHERS
 def test_short_fits_leave_nothing_behind(teacher, small_net, make_learner):
-    "A thousand of them, with the three teachers together"
+    "Two hundred of them, with the three teachers together"
     learn = make_learner(small_net(), n=8)
     def fits(n):
         with learn.no_bar(), learn.no_logging():
-            for _ in range(n): learn.fit(1, cbs=SGDropCallback(rho=0.3, teacher=teacher, unmasked=0.5))
+            for _ in range(n): learn.fit(1, cbs=SGDropCallback(rho=0.3, teacher=teacher, clean_weight=0.5))
         return [alive(Tensor), alive(nn.Module), sum(len(m._forward_hooks) for m in learn.model.modules())]
     after_few, objects, bytes_used = fits(5), alive(object), memory()
-    assert fits(335) == after_few
+    assert fits(65) == after_few
     assert alive(object) - objects < 50 and memory() - bytes_used < 20_000_000
 
 
@@ -468,5 +466,5 @@ def test_the_state_of_a_training_goes_to_a_file_without_code(small_net, make_lea
     learn.validate()  # which trains nothing
     torch.save(cb.state_dict(), file)
     state = torch.load(file, weights_only=True)
-    assert state['teacher'].keys() == cb.ema_teacher.state_dict().keys() and state['n_dropped_images'] == cb.n_dropped_images > 0
+    assert state['teacher'].keys() == cb.engine.teacher.state_dict().keys() and state['totals'][0] == masked_images(cb) > 0
     SGDropCallback(teacher='full').load_state_dict(state)

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from networks import NETWORKS, build, hooked, relative_gap, same_weights
 from sgdrop.attribution import main_output
-from sgdrop.callback import NoEffectWarning, SGDropCallback
+from sgdrop.callback import SGDropCallback
+from sgdrop.monitor import NoEffectWarning
 
 
 def loss_with_aux(out, y):
@@ -34,7 +35,7 @@ def test_one_line_trains_it(name, make_learner):
     with warnings.catch_warnings():
         warnings.simplefilter('error', NoEffectWarning)
         model = trained(make_learner, name, max(96, NETWORKS[name].train_size), cb)  # at 96 pixels and more, maps have nine positions and more
-    assert cb.layer_name == NETWORKS[name].layer and len(cb.history) == 1 and cb.history[0]['dropped'] > 0
+    assert cb.engine.layers == [NETWORKS[name].layer] and len(cb.history) == 1 and cb.history[0]['dropped'] > 0
     assert all(v.isfinite().all() for v in model.state_dict().values())
     assert not hooked(model)
     old, new = list(untrained.parameters()), list(model.parameters())
@@ -48,7 +49,7 @@ def test_a_share_of_zero_is_plain_training_to_the_bit(name, make_learner):
 
 @pytest.mark.parametrize('name', ['resnet18', 'mobilenet_v3_small'])
 def test_the_same_seed_gives_the_same_weights(name, make_learner):
-    first, second = (trained(make_learner, name, 96, SGDropCallback(share=0.5)) for _ in range(2))
+    first, second = (trained(make_learner, name, 96, SGDropCallback(p=0.5)) for _ in range(2))
     assert same_weights(first, second)
 
 
@@ -101,7 +102,7 @@ def test_training_equals_a_slow_derivation(teacher, target, granularity, make_le
     monkeypatch.setattr('sgdrop.teacher.fast_dtype', lambda device: torch.float32)  # a full teacher is in bfloat16 where that is fast
     settings, batches = dict(rho=0.3, teacher=teacher, target=target, ema=0.8, granularity=granularity), Batches()
     learn = make_learner(net(), n=48)
-    learn.fit(2, 0.1, cbs=[batches, SGDropCallback(layer='3', share=1., fill='zero', unmasked=0., **settings)])
+    learn.fit(2, 0.1, cbs=[batches, SGDropCallback(layer='3', fill='zero', clean_weight=0., **settings)])
     assert len(batches.seen) == 12
     slow = slow_training(net(), batches.seen, **settings, lr=0.1)
     unmasked = slow_training(net(), batches.seen, **{**settings, 'rho': 0.}, lr=0.1)

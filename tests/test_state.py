@@ -35,7 +35,7 @@ def test_what_is_saved_is_needed(forgotten, tmp_path):
 def test_a_state_for_other_settings_is_refused(tmp_path):
     first_half(tmp_path)
     state = torch.load(tmp_path / 'sgdrop.pth', weights_only=True)
-    with pytest.raises(ValueError, match='teacher=None, but the state is of a callback with a teacher'): SGDropCallback(teacher=None).load_state_dict(state)
+    with pytest.raises(ValueError, match='saved with a teacher, and this training is without one'): SGDropCallback(teacher=None).load_state_dict(state)
     with pytest.raises(ValueError, match='there is no state yet'): SGDropCallback().state_dict()
 
 

@@ -12,15 +12,16 @@ from fastai.optimizer import SGD
 from fastai.torch_core import default_device, set_seed
 from torch import nn
 
+from networks import masked_images
 from sgdrop.callback import SGDropCallback
 from sgdrop.focus import FocusRecorder
 
 ALONE, TOGETHER = 4, 8  # images per batch, of one of two processes and of both
-WHOLE = dict(share=1., granularity='element')  # no mask depends on what the rest of the batch is
+WHOLE = dict(granularity='element')  # no mask depends on what the rest of the batch is
 VARIANTS = dict(
     plain=None, student=dict(teacher=None, **WHOLE), head=dict(teacher='head', **WHOLE), full=dict(teacher='full', **WHOLE),
-    both=dict(unmasked=0.5, fill='kept_mean', **WHOLE), several=dict(layer=['0', '2'], **WHOLE), late=dict(start=0.5, **WHOLE),
-    share=dict(share=0.5), accumulated=dict(teacher='full', **WHOLE), followed=dict(**WHOLE))
+    both=dict(clean_weight=0.5, fill='kept_mean', **WHOLE), several=dict(layer=['0', '2'], **WHOLE), late=dict(start=0.5, **WHOLE),
+    half=dict(p=0.5), accumulated=dict(teacher='full', **WHOLE), followed=dict(**WHOLE))
 
 
 def network():
@@ -55,9 +56,9 @@ def trained(name, rows, bs, around=None):
 
 
 def state(learn, cb):
-    teacher = cb.ema_teacher.state_dict() if cb is not None and cb.ema_teacher is not None else {}
+    teacher = cb.engine.teacher.state_dict() if cb is not None and cb.engine.teacher else {}
     return dict(weights=learn.model.state_dict(), teacher={k: v for k, v in teacher.items() if isinstance(v, torch.Tensor)},
-                dropped=int(cb.n_dropped_images) if cb is not None else 0)
+                dropped=masked_images(cb) if cb is not None else 0)
 
 
 def main(folder):

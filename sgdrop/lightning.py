@@ -67,7 +67,7 @@ class SGDropLightning(Callback):
         self.engine.monitor.report(epoch=trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.engine.monitor.finish(rho_at(self.end, self.rho))
+        if self.rho != 0: self.engine.monitor.finish(rho_at(self.end, self.rho))
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         vars(module).pop('sgdrop', None)

@@ -74,6 +74,7 @@ def has_reentrant_checkpoint(
         todo += [before for before, _ in node.next_functions]
     return False
 
+# %% ../nbs/05_dropout.ipynb #369744a3
 def check_runs(
     runs: list[list[Tensor]],  # for each layer, the outputs of its runs: see `tapped`
     layers: list[str],  # their names

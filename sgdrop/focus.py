@@ -175,7 +175,9 @@ def attributed(
         if name is None:
             example = [x[:2] for x in xb]
             name = checked_layer(model, layer, *example)
-            if not isinstance(method, str): head = split_model(model, name, *example)[1]
+            if not isinstance(method, str):
+                head = split_model(model, name, *example)[1]
+                head.training = False  # a traced head has one graph per mode
         with evaluating(model), torch.enable_grad(), tapped(model, name) as (runs,):
             logits = class_scores(model(*xb))
             classes = class_mask(y if isinstance(target, str) and target == 'label' else target, logits)

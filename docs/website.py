@@ -163,7 +163,12 @@ def processed(path):
     "The notebook after nbdev's steps, its exported code shown, and nothing executed"
     nb = read_nb(path)
     for c in nb.cells:
-        if c.cell_type=='code' and re.search(r'^(@|def |class )', c.source, re.M): c.source = re.sub(r'^#\| *export *$', '#| exports', c.source, flags=re.M)
+        if c.cell_type!='code' or not re.search(r'^(@|def |class )', c.source, re.M): continue
+        # An event of a callback takes and returns nothing: its code says more than its signature.
+        names = re.findall(r'^(?:def|class) (\w+)', c.source, re.M)
+        events = [n.startswith(('before_', 'after_')) for n in names]
+        plain = any(events) and all(e or n.startswith('_') for e, n in zip(events, names))
+        c.source = re.sub(r'^#\| *export *$\n?', '' if plain else '#| exports\n', c.source, flags=re.M)
     ours = dict(exec_show_docs=fill_show_docs, mv_exports=code_after_docs, insert_warning=None)
     procs = [ours.get(o.__name__, o) for o in FilterDefaults().procs()]
     NBProcessor(nb=nb, procs=[o for o in procs if o], rm_directives='quarto').process()

@@ -440,7 +440,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sgdrop.teacher.FullTeacher.heads': ('teacher.html#fullteacher.heads', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher.FullTeacher.look': ('teacher.html#fullteacher.look', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher.HeadTeacher': ('teacher.html#headteacher', 'sgdrop/teacher.py'),
-                                'sgdrop.teacher.HeadTeacher.__init__': ('teacher.html#headteacher.__init__', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher.HeadTeacher.heads': ('teacher.html#headteacher.heads', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher.HeadTeacher.look': ('teacher.html#headteacher.look', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher._nothing': ('teacher.html#_nothing', 'sgdrop/teacher.py'),

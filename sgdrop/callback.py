@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 from torch import Tensor
 
 from .dropout import (SGDrop, check_schedule, check_settings, check_state,
-                            in_window, plain_tensors, rho_at)
+                            plain_tensors, rho_at)
 
 # %% auto #0
 __all__ = ['SGDropCallback', 'stand_in', 'stronger_labels']
@@ -111,8 +111,7 @@ def before_batch(self: SGDropCallback):
     self.after_batch()
     if self.rho == 0: return
     if self.engine is None: self._make_engine()
-    acts = in_window(self.pct_train, self.start, self.end)
-    self.engine.rho = rho_at(self.pct_train, self.rho) if acts else 0.
+    self.engine.rho = rho_at(self.pct_train, self.rho, self.start, self.end)
     if self.engine.active: self._arm(self.learn.model, self.xb)
 
 @patch

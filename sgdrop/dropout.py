@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_dropout.ipynb #ef6885d2
 from __future__ import annotations
-import inspect, warnings
+import inspect, math, warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from itertools import zip_longest
@@ -21,9 +21,9 @@ from .split import edited, resolve_layers, split_model, tapped, unwrapped
 from .teacher import FullTeacher, HeadTeacher
 
 # %% auto #0
-__all__ = ['RENAMED', 'TEACHERS', 'check_settings', 'replace_logits', 'has_reentrant_checkpoint', 'check_runs', 'find_heads',
-           'plain_tensors', 'read_labels', 'check_state', 'explain', 'rerun', 'blended_loss', 'is_compiled', 'SGDrop',
-           'in_window', 'rho_at', 'check_schedule']
+__all__ = ['RENAMED', 'check_settings', 'replace_logits', 'has_reentrant_checkpoint', 'check_runs', 'find_heads', 'plain_tensors',
+           'read_labels', 'check_state', 'explain', 'rerun', 'blended_loss', 'is_compiled', 'SGDrop', 'in_window',
+           'rho_at', 'check_schedule']
 
 # %% ../nbs/05_dropout.ipynb #2a1675d9
 RENAMED = dict(share='p', unmasked='clean_weight')  # name in version 0.1 → name now
@@ -208,8 +208,6 @@ def is_compiled(
     "Return whether the network, or a part of it, has been through `torch.compile`"
     return any(type(m).__name__ == 'OptimizedModule' for m in model.modules())
 
-TEACHERS = dict(head=HeadTeacher, full=FullTeacher)  # name → class
-
 # %% ../nbs/05_dropout.ipynb #797483f1
 class SGDrop:
     "Saliency-Guided Dropout for any PyTorch training loop (Bertoin et al. 2024)"
@@ -243,7 +241,8 @@ class SGDrop:
         self.heads = find_heads(self.network, self.layers, needs_heads, *example)
         self.student = nn.ModuleList(self.heads) if teacher == 'head' else self.network
         self.teacher, self.explained = None, self.heads
-        if teacher: self.teacher = TEACHERS[teacher](self.student, self.layers, ema)
+        if teacher == 'head': self.teacher = HeadTeacher(self.student, ema)
+        if teacher == 'full': self.teacher = FullTeacher(self.student, self.layers, ema)
         if teacher and functional: self.explained = self.teacher.heads(*example)
         device = next(self.network.parameters()).device
         self.rng = torch.Generator(device).manual_seed(torch.initial_seed())
@@ -322,8 +321,11 @@ def in_window(
 def rho_at(
     pct_train: float,  # progress of the training, from 0 to 1
     rho: float | Callable[[float], float],  # share to drop, or a schedule of it
-) -> float:  # in [0, 1)
+    start: float = 0.,  # see `in_window`
+    end: float = math.inf,  # see `in_window`
+) -> float:  # in [0, 1); 0 outside the window
     "Return the share to drop at this point of the training"
+    if not in_window(pct_train, start, end): return 0.
     return check_fraction('rho', rho(pct_train) if callable(rho) else rho)
 
 def check_schedule(

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
-from .dropout import (SGDrop, check_schedule, check_settings, check_state,
-                            in_window, rho_at)
+from .dropout import SGDrop, check_schedule, check_settings, check_state, rho_at
 
 # %% auto #0
 __all__ = ['find_network', 'SGDropLightning']
@@ -48,7 +47,7 @@ class SGDropLightning(Callback):
         self.engine, self.n_steps = None, trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule,
-                             batch: tuple, _: int) -> None:
+                             batch: tuple, batch_idx: int) -> None:
         if self.engine is None:
             *xb, _ = batch
             network = find_network(module, self.network)
@@ -56,8 +55,7 @@ class SGDropLightning(Callback):
             if self.resumed: self.engine.load_state_dict(self.resumed)
             self.resumed, module.sgdrop = None, self.engine
         pct_train = trainer.global_step / trainer.estimated_stepping_batches
-        acts = in_window(pct_train, self.start, self.end)
-        self.engine.rho = rho_at(pct_train, self.rho) if acts else 0.
+        self.engine.rho = rho_at(pct_train, self.rho, self.start, self.end)
 
     def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
         if trainer.global_step > self.n_steps: self.engine.step()

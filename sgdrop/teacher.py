@@ -82,12 +82,6 @@ class EMATeacher(nn.Module):
 # %% ../nbs/03_teacher.ipynb #91be0727
 class HeadTeacher(EMATeacher):
     "A teacher that copies only heads, and explains the student's own feature maps"
-    def __init__(self,
-        student: nn.ModuleList,  # the heads to copy and follow, one per layer
-        layers: list[str],  # the layers that they follow; not used
-        decay: float = 0.99,  # see `EMATeacher`
-    ): super().__init__(student, decay)
-
     def heads(self, *xb: Tensor) -> nn.ModuleList: return self.module
 
     def look(self,

@@ -166,7 +166,7 @@ def explain(
 ) -> Tensor:  # attribution ≥ 0, shape of `z` or B×1×H×W
     "Return the attribution of a step on one of its feature maps"
     if isinstance(method, str): return GRAPH_METHODS[method](logits, z, classes)
-    weight = next(head.parameters(), z)  # float32, where a teacher's map may be bfloat16
+    weight = next(head.parameters(), z)  # a teacher's map may be bfloat16
     return attribute(head, z.to(weight.dtype), classes, method)
 
 # %% ../nbs/05_dropout.ipynb #ddcf11a9

@@ -1,12 +1,18 @@
-"Everything a user needs, for `from sgdrop.all import *`; inside the package, names are imported one by one"
-from sgdrop.attribution import *
-from sgdrop.callback import *
-from sgdrop.compare import *
-from sgdrop.data import *
-from sgdrop.dropout import *
-from sgdrop.focus import *
-from sgdrop.interpret import *
-from sgdrop.mask import *
-from sgdrop.monitor import *
-from sgdrop.split import *
-from sgdrop.teacher import *
+"The names that users need, for `from sgdrop.all import *`; all others are imported from their modules"
+from sgdrop.attribution import attribute, captum_attribution, shuffled_attribution
+from sgdrop.callback import SGDropCallback
+from sgdrop.data import few_per_class, flowers17, imagenette, shortcut_digits
+from sgdrop.dropout import SGDrop
+from sgdrop.interpret import AttributionInterpretation
+from sgdrop.mask import SaliencyWarning, kept_attribution, saliency_mask
+from sgdrop.metrics import (
+    attributed, attribution_ratio, curve_auc, deletion_curve, effective_area, gini,
+    insertion_curve, model_attribution, neuron_coverage, occlusion_accuracy,
+    pointing_game, region_iou, relevance_mass)
+from sgdrop.monitor import (
+    LeakWarning, MaskMonitor, NoEffectWarning, NotFiniteWarning, StarvationWarning)
+from sgdrop.plots import plot_attribution_history, plot_focus, show_attribution
+from sgdrop.recorder import FocusRecorder
+from sgdrop.split import feature_maps, find_layer, split_model
+from sgdrop.stats import format_difference, paired_difference, paired_table
+from sgdrop.teacher import EMATeacher

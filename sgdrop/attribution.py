@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['GRAPH_METHODS', 'main_output', 'class_scores', 'class_mask', 'grad_x_act', 'gradcam', 'captum_attribution',
-           'preserved', 'attribution_function', 'checked_attribution', 'attribute', 'shuffled_attribution']
+__all__ = ['GRAPH_METHODS', 'main_output', 'class_logits', 'class_mask', 'grad_x_act', 'gradcam', 'captum_attribution',
+           'no_side_effects', 'attribution_function', 'checked_attribution', 'attribute', 'shuffled_attribution']
 
 # %% ../nbs/00_attribution.ipynb #6d53b483
 def main_output(
@@ -25,7 +25,7 @@ def main_output(
     return out
 
 # %% ../nbs/00_attribution.ipynb #6f23298a
-def class_scores(
+def class_logits(
     out: Tensor | tuple | list | dict,  # a network's output
 ) -> Tensor:  # class scores (logits), B×K with K ≥ 2
     "The B×K class scores in a network's output, or a `ValueError` that says what it is instead"
@@ -104,7 +104,7 @@ class _SummedScore(nn.Module):
         self.feature_map, self.psi = nn.Identity(), psi
 
     def forward(self, z, classes):
-        logits = class_scores(self.psi(self.feature_map(z).clone()))
+        logits = class_logits(self.psi(self.feature_map(z).clone()))
         return torch.where(classes, logits, 0).sum(1)
 
 # %% ../nbs/00_attribution.ipynb #57e4fe3c
@@ -122,7 +122,7 @@ def captum_attribution(
 
 # %% ../nbs/00_attribution.ipynb #3792c594
 @contextmanager
-def preserved(
+def no_side_effects(
     module: object,  # the module whose buffers to put back; anything else has none
     device: torch.device | str = 'cpu',  # where its random numbers are drawn
 ) -> Iterator[None]:
@@ -172,8 +172,8 @@ def attribute(
     "Where on the feature map `z` the evidence for a class lies: A_ψ(z, c), without a trace on ψ"
     compute = attribution_function(method)
     z = (z.clone() if z.is_inference() else z).detach().as_subclass(Tensor).requires_grad_()
-    with torch.enable_grad(), preserved(psi, z.device):
-        scores = class_scores(psi(z.clone()))  # a clone, since ψ may begin with an in-place ReLU
+    with torch.enable_grad(), no_side_effects(psi, z.device):
+        scores = class_logits(psi(z.clone()))  # a clone, since ψ may begin with an in-place ReLU
         classes = class_mask(target, scores.detach())
         A = compute(scores if isinstance(method, str) else psi, z, classes)
     return checked_attribution(A, z)

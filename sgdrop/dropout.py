@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attribution import (GRAPH_METHODS, attribute, attribution_function,
-                                class_mask, class_scores, preserved)
+                                class_mask, class_logits, no_side_effects)
 from .mask import (SUMMED_OVER, SaliencyWarning, check_fraction, fill_function,
                          group_attribution, saliency_mask)
 from .monitor import MaskMonitor, Step
@@ -183,9 +183,9 @@ def rerun(
     again, inputs = (heads[0], [z]) if heads else (network, xb)
     edits = [] if heads else [(layers[0], lambda out: z, len(runs[0]))]
     edits += zip(layers[1:], fills[1:])
-    with preserved(again, z.device), ExitStack() as stack:
+    with no_side_effects(again, z.device), ExitStack() as stack:
         for edit in edits: stack.enter_context(edited(network, *edit))
-        return class_scores(again(*inputs))
+        return class_logits(again(*inputs))
 
 # %% ../nbs/05_dropout.ipynb #5da6e4e8
 def blended_loss(
@@ -265,7 +265,7 @@ class SGDrop:
 
     def mask(self, out: object, runs: list, xb: tuple, y: object = None) -> object:
         "Return the output of a tapped pass with the logits under the mask in it"
-        clean, by_label = class_scores(out).as_subclass(Tensor), self.target == 'label'
+        clean, by_label = class_logits(out).as_subclass(Tensor), self.target == 'label'
         check_runs(runs, self.layers, clean, self.first_step)
         labels = read_labels(y, clean, by_label, self.first_step, self.monitor.warn)
         xb, maps = plain_tensors(xb), [zs[-1] for zs in runs]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['SUMMED_OVER', 'FILLS', 'check_fraction', 'n_dropped', 'saliency_threshold', 'above_threshold', 'group_attribution',
-           'SaliencyWarning', 'saliency_mask', 'kept_evidence', 'zero_fill', 'mean_fill', 'swap_fill', 'kept_mean_fill',
-           'rescale_fill', 'fill_function']
+           'SaliencyWarning', 'saliency_mask', 'kept_attribution', 'zero_fill', 'mean_fill', 'swap_fill',
+           'kept_mean_fill', 'rescale_fill', 'fill_function']
 
 # %% ../nbs/01_mask.ipynb #4fbd9e39
 def check_fraction(
@@ -83,7 +83,7 @@ def saliency_mask(
     return ~above_threshold(grouped.flatten(1), rho).view_as(grouped)
 
 # %% ../nbs/01_mask.ipynb #5131b4f4
-def kept_evidence(
+def kept_attribution(
     A: Tensor,  # attribution ≥ 0, B×C×H×W or B×1×H×W
     M: Tensor,  # mask, True = keep, broadcastable to the shape of `A`
 ) -> Tensor:  # B values in [0, 1]; NaN where there was no attribution to begin with

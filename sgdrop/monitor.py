@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mask import SaliencyWarning, kept_evidence, n_dropped
+from .mask import SaliencyWarning, kept_attribution, n_dropped
 
 # %% auto #0
 __all__ = ['STATS', 'LEAK_GAP', 'MIN_KEPT', 'MIN_IMAGES', 'Step', 'is_right', 'logits_changed', 'mask_stats', 'LeakWarning',
@@ -55,7 +55,7 @@ def mask_stats(
     "Sum what shows whether the masks of a step do their work"
     A, M = step.As[-1], step.Ms[-1]
     holed = torch.stack([~m.flatten(1).all(1) for m in step.Ms]).any(0)
-    kept, dropped = kept_evidence(A, M).nan_to_num(0.), 1 - M.flatten(1).float().mean(1)
+    kept, dropped = kept_attribution(A, M).nan_to_num(0.), 1 - M.flatten(1).float().mean(1)
     right = [is_right(logits, step.labels) for logits in (step.masked, step.clean)]
     changed = logits_changed(step.masked, step.clean)
     rows = [holed, *right, kept, dropped, changed]

@@ -13,12 +13,12 @@ from itertools import combinations, count
 import torch
 from torch import Tensor, fx, nn
 
-from .attribution import main_output, preserved
+from .attribution import main_output, no_side_effects
 
 # %% auto #0
-__all__ = ['evaluating', 'unwrapped', 'example_input', 'run_order', 'feature_maps', 'leads_to_scores', 'find_layer', 'layer_name',
-           'checked_layer', 'resolve_layers', 'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced', 'tapped',
-           'edited', 'is_exact', 'split_model']
+__all__ = ['eval_mode', 'unwrapped', 'example_input', 'output_shapes', 'feature_maps', 'affects_logits', 'find_layer',
+           'layer_name', 'resolve_layer', 'resolve_layers', 'cut_sequential', 'cut_graph', 'TracedHalf', 'cut_traced',
+           'tapped', 'edited', 'is_exact', 'split_model']
 
 # %% ../nbs/02_split.ipynb #cfe8e522
 @contextmanager
@@ -31,12 +31,12 @@ def _modes_kept(model):
 
 # %% ../nbs/02_split.ipynb #d6d5f434
 @contextmanager
-def evaluating(
+def eval_mode(
     model: nn.Module,  # a network, in whatever mode
 ) -> Iterator[nn.Module]:  # the same, in evaluation mode and without gradients
     "Run `model` in evaluation mode, then put every module back into the mode it was in"
     device = next((p.device for p in model.parameters()), 'cpu')
-    with torch.no_grad(), preserved(model, device), _modes_kept(model): yield model.eval()
+    with torch.no_grad(), no_side_effects(model, device), _modes_kept(model): yield model.eval()
 
 # %% ../nbs/02_split.ipynb #bcbff4da
 def unwrapped(
@@ -60,7 +60,7 @@ def example_input(
     return noise.to(first.weight)
 
 # %% ../nbs/02_split.ipynb #f4fecbfc
-def run_order(
+def output_shapes(
     model: nn.Module,  # a network for images
     *xb: Tensor,  # its input, a batch
 ) -> dict[str, torch.Size]:  # module name → shape of its output, in the order in which modules finished
@@ -73,7 +73,7 @@ def run_order(
         return hook
     handles = [m.register_forward_hook(note(name)) for name, m in model.named_modules() if name]
     try:
-        with evaluating(model): model(*xb)
+        with eval_mode(model): model(*xb)
     finally:
         for h in handles: h.remove()
     return shapes
@@ -93,7 +93,7 @@ def feature_maps(
     *xb: Tensor,  # its input, a batch; noise if not given
 ) -> dict[str, tuple[int, ...]]:  # layer name → C×H×W, in the order of execution
     "The layers of `model` that put out a feature map of more than one position"
-    return _maps_among(run_order(model, *(xb or (example_input(model),))), model)
+    return _maps_among(output_shapes(model, *(xb or (example_input(model),))), model)
 
 # %% ../nbs/02_split.ipynb #439a340b
 def _inside_a_block(layer, maps, modules):
@@ -110,7 +110,7 @@ def _hooked(module, hook):
     try: yield
     finally: handle.remove()
 
-def leads_to_scores(
+def affects_logits(
     model: nn.Module,  # a network for images
     layer: str,  # name of a layer of it
     *xb: Tensor,  # its input, a batch
@@ -121,7 +121,7 @@ def leads_to_scores(
         if not torch.is_grad_enabled(): return out
         leaves.append(out.detach().requires_grad_())
         return leaves[-1].clone()
-    with evaluating(model), torch.enable_grad(), _hooked(model.get_submodule(layer), watch):
+    with eval_mode(model), torch.enable_grad(), _hooked(model.get_submodule(layer), watch):
         scores = main_output(model(*(x.detach().requires_grad_().clone() if x.is_floating_point() else x for x in xb)))
         if not (leaves and isinstance(scores, Tensor) and scores.requires_grad): return True
         try: return torch.autograd.grad(scores.sum(), leaves[-1], allow_unused=True)[0] is not None
@@ -134,12 +134,12 @@ def find_layer(
 ) -> str:  # name of a layer
     "The layer whose output is the last feature map of `model`"
     xb = xb or (example_input(model),)
-    shapes = run_order(model, *xb)
+    shapes = output_shapes(model, *xb)
     maps = _maps_among(shapes, model)
     if not maps: raise ValueError(f'no layer of {type(model).__name__} puts out a feature map of more than one position; are the images too small?')
     modules = dict(model.named_modules())
     places = [name for name in reversed(maps) if not _inside_a_block(name, maps, modules)] or list(maps)[-1:]
-    layer = next((name for name in places if leads_to_scores(model, name, *xb)), places[0])
+    layer = next((name for name in places if affects_logits(model, name, *xb)), places[0])
     after = list(shapes)[list(shapes).index(layer):]
     tokens = next((name for name in after if len(shapes[name]) == 3), None)
     if 'NHWC' in str(getattr(model, 'output_fmt', '')): raise ValueError(
@@ -164,7 +164,7 @@ def layer_name(
     raise ValueError(f'{type(model).__name__} has no layer {layer!r}; the nearest names are {", ".join(map(repr, near))}')
 
 # %% ../nbs/02_split.ipynb #f9efa15f
-def checked_layer(
+def resolve_layer(
     model: nn.Module,  # a network for images
     layer: str | nn.Module | None,  # a layer by name or itself; None for the last feature map
     *xb: Tensor,  # input of `model`, a batch; noise if not given
@@ -173,10 +173,10 @@ def checked_layer(
     if layer is None: return find_layer(model, *xb)
     name = layer_name(model, layer)
     xb = xb or (example_input(model),)
-    shapes = run_order(model, *xb)
+    shapes = output_shapes(model, *xb)
     shape = shapes.get(name)
     if shape is not None and len(shape) == 4:
-        if leads_to_scores(model, name, *xb): return name
+        if affects_logits(model, name, *xb): return name
         raise ValueError(f'the class scores of {type(model).__name__} do not depend on the layer {name!r}; name one that leads to them')
     found = f'puts out a tensor of shape {tuple(shape)}' if shape is not None else 'puts out no tensor, or does not run'
     last = list(_maps_among(shapes, model))[-1:]
@@ -200,13 +200,13 @@ def resolve_layers(
     several = list(layer) if isinstance(layer, (list, tuple)) else [layer]
     if not several: raise ValueError('layer is an empty list; name at least one layer, '
                                      'or give None for the last feature map')
-    names = [checked_layer(model, each, *xb) for each in several]
+    names = [resolve_layer(model, each, *xb) for each in several]
     if len(names) == 1: return names
     names = [_last_part(model, name) for name in names]
     for a, b in combinations(sorted(names), 2):
         if f'{b}.'.startswith(f'{a}.'): raise ValueError(
             f'the layers {a!r} and {b!r} overlap; name layers that follow one another')
-    return sorted(names, key=list(run_order(model, *(xb or (example_input(model),)))).index)
+    return sorted(names, key=list(output_shapes(model, *(xb or (example_input(model),)))).index)
 
 # %% ../nbs/02_split.ipynb #2412ee2f
 def cut_sequential(
@@ -335,10 +335,10 @@ def is_exact(
     *xb: Tensor,  # input of `model`, a batch
 ) -> bool:
     "Does ψ(φ(x)) equal f(x) to the bit, in evaluation mode and with the same random numbers?"
-    with evaluating(model), evaluating(phi), evaluating(psi):
-        with preserved(model, xb[0].device): theirs = main_output(model(*xb))
+    with eval_mode(model), eval_mode(phi), eval_mode(psi):
+        with no_side_effects(model, xb[0].device): theirs = main_output(model(*xb))
         try:
-            with preserved(model, xb[0].device): ours = main_output(psi(phi(*xb)))
+            with no_side_effects(model, xb[0].device): ours = main_output(psi(phi(*xb)))
         except Exception: return False  # a module may ask for more than the tensor it is given
     return ours.shape == theirs.shape and torch.equal(ours, theirs)
 
@@ -351,7 +351,7 @@ def split_model(
 ) -> tuple[nn.Module, nn.Module]:  # body φ and head ψ, which share the modules of `model`
     "Cut a network behind a layer: from image to feature map, and from there to logits"
     xb = xb or (example_input(model),)
-    layer = checked_layer(model, layer, *xb)
+    layer = resolve_layer(model, layer, *xb)
     for cut in (cut_sequential, cut_traced):
         halves = cut(model, layer)
         if halves and is_exact(model, *halves, *xb): return halves

@@ -11,12 +11,12 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-from .attribution import class_scores
+from .attribution import class_logits
 from .mask import check_fraction
 from .split import split_model, tapped
 
 # %% auto #0
-__all__ = ['warm_decay', 'in_float32', 'copy_without_watchers', 'EMATeacher', 'HeadTeacher', 'fast_dtype', 'FullTeacher']
+__all__ = ['warm_decay', 'to_float', 'clone_without_hooks', 'EMATeacher', 'HeadTeacher', 'fast_dtype', 'FullTeacher']
 
 # %% ../nbs/03_teacher.ipynb #a508e2bc
 def warm_decay(
@@ -27,7 +27,7 @@ def warm_decay(
     return min(decay, (1 + step) / (10 + step))
 
 # %% ../nbs/03_teacher.ipynb #8d5f4453
-def in_float32(
+def to_float(
     x: Tensor,  # any tensor
 ) -> Tensor:  # of the same shape
     "A floating-point tensor in float32; any other as it is"
@@ -41,7 +41,7 @@ def _watches(hook, network):
 
 def _nothing(*args): "In the place of a hook that was not copied"
 
-def copy_without_watchers(
+def clone_without_hooks(
     network: nn.Module,  # stays as it is
 ) -> nn.Module:  # a network of the same function
     "A deep copy in which the hooks of objects outside the network do nothing"
@@ -59,9 +59,9 @@ class EMATeacher(nn.Module):
     ):
         super().__init__()
         self.decay, self.warmup, self.n_updates = check_fraction('ema', decay), warmup, 0
-        self.module = copy_without_watchers(student).float().eval().requires_grad_(False)
+        self.module = clone_without_hooks(student).float().eval().requires_grad_(False)
 
-    def forward(self, *xb: Tensor) -> object: return self.module(*map(in_float32, xb))
+    def forward(self, *xb: Tensor) -> object: return self.module(*map(to_float, xb))
 
     @torch.no_grad()
     def update(self,
@@ -89,8 +89,8 @@ class HeadTeacher(EMATeacher):
         maps: list[Tensor],  # the student's feature map for each head, B×C×H×W
     ) -> tuple[list[Tensor], list[Tensor]]:  # logits, B×K, and feature map, per layer
         "Return the teacher's logits, and the feature maps that they are computed from"
-        zs = [in_float32(z.detach()).requires_grad_() for z in maps]
-        return [class_scores(head(z.clone())) for head, z in zip(self.module, zs)], zs
+        zs = [to_float(z.detach()).requires_grad_() for z in maps]
+        return [class_logits(head(z.clone())) for head, z in zip(self.module, zs)], zs
 
 # %% ../nbs/03_teacher.ipynb #baf6e77c
 def fast_dtype(
@@ -118,7 +118,7 @@ class FullTeacher(EMATeacher):
         *xb: Tensor,  # an input of the network, a batch
     ) -> list[nn.Module]:  # for each layer, from feature map to logits
         "Cut the teacher's network behind each of its layers"
-        xb = [in_float32(x) for x in xb]
+        xb = [to_float(x) for x in xb]
         return [split_model(self.module, name, *xb)[1] for name in self.layers]
 
     def look(self,
@@ -132,5 +132,5 @@ class FullTeacher(EMATeacher):
             xb = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
                   for x in xb]
         with autocast, tapped(self.module, *self.layers) as runs:
-            logits = class_scores(self(*xb))
+            logits = class_logits(self(*xb))
         return [logits] * len(runs), [zs[-1] for zs in runs]

@@ -11,8 +11,9 @@ import pytest
 from scipy.stats import t
 
 from sgdrop import bench
-from sgdrop.bench import CELL, PAIR, benchmark_plan, by_cell, chosen, differences_to, tuned_in
-from sgdrop.compare import settings_key
+from sgdrop.experiments.benchmark import (
+    CELL, PAIR, benchmark_plan, by_cell, chosen, differences_to, tuned_in)
+from sgdrop.experiments.runner import settings_key
 from sgdrop.dropout import SGDrop
 
 RESULTS = Path(__file__).parents[1] / 'results'

@@ -7,12 +7,12 @@ from filelock import FileLock, Timeout
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from sgdrop import compare
-from sgdrop.compare import append_row, read_rows, run_plan, settings_key
+from sgdrop.experiments.runner import append_row, read_rows, run_plan, settings_key
 
 WORKER = '''
 import os, sys, time
 from pathlib import Path
-from sgdrop.compare import run_plan
+from sgdrop.experiments.runner import run_plan
 
 folder, name, n, sleep, stuck_at = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5])
 

@@ -30,7 +30,7 @@ from fastai.vision.augment import RandomErasing
 from torch import nn
 
 from networks import Recomputed, bare_loss, conv, hooked, images, masked_images, small_network
-from sgdrop.bench import AverageWeights
+from sgdrop.experiments.benchmark import AverageWeights
 from sgdrop.callback import SGDropCallback
 from sgdrop.split import unwrapped
 

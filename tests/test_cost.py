@@ -8,8 +8,11 @@ from torch import nn
 
 from sgdrop import cost, dropout
 from sgdrop.callback import SGDropCallback
-from sgdrop.cost import (VARIANTS, WholeModelMask, captum_saliency, cost_plan, cost_table, grad_cam_saliency, input_saliency, main,
-                         mask_agreement, part_steps, parts_table, peak_memory, ratios, step_learner, take_turns, training_step, variant_steps)
+from sgdrop.experiments.demo import main
+from sgdrop.experiments.overhead import (
+    VARIANTS, WholeModelMask, captum_saliency, cost_plan, cost_table,
+    grad_cam_saliency, input_saliency, mask_agreement, part_steps, parts_table,
+    peak_memory, ratios, step_learner, take_turns, training_step, variant_steps)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from networks import Autocast, Compares, bare_loss, conv, hooked, masked_images, same_weights, spies
 from sgdrop.callback import SGDropCallback
-from sgdrop.compare import read_rows
+from sgdrop.experiments.runner import read_rows
 from sgdrop.mask import SaliencyWarning, zero_fill
 from sgdrop.monitor import STATS, NoEffectWarning
 from sgdrop.split import unwrapped

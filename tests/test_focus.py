@@ -34,10 +34,14 @@ from attributions import made
 from networks import NETWORKS, build, hooked, images, same_weights
 from sgdrop.callback import SGDropCallback
 from sgdrop.data import imagenette
-from sgdrop.demo import small_resnet
-from sgdrop.focus import (FocusRecorder, attributed, attribution_ratio, blurred, covered_layers, curve_auc, deletion_curve, effective_area,
-                          evidence_map, gini, insertion_curve, model_attribution, neuron_coverage, occlusion_accuracy, pixel_ranks,
-                          plot_focus, plot_map_history, pointing_game, region_iou, region_share, shuffled_positions, viewable)
+from sgdrop.experiments.demo import small_resnet
+from sgdrop.metrics import (
+    attributed, attribution_ratio, blurred, covered_layers, curve_auc,
+    deletion_curve, effective_area, pixel_shares, gini, insertion_curve,
+    model_attribution, neuron_coverage, occlusion_accuracy, pixel_ranks,
+    pointing_game, region_iou, relevance_mass, shuffled_positions)
+from sgdrop.plots import plot_focus, plot_attribution_history
+from sgdrop.recorder import FocusRecorder, denormalize
 
 
 # Any attribution, any region
@@ -88,7 +92,7 @@ def test_the_effective_area_is_the_exponential_of_the_complexity_of_quantus(quan
 def test_the_region_share_is_the_relevance_mass_accuracy_of_quantus(quantus, A, share, seed):
     region = made_region(A, share, seed)
     assume(A.flatten(1).amax(1).min() > 0 and region.flatten(1).any(1).all())
-    assert region_share(A, region).numpy() == pytest.approx(by_quantus(quantus.RelevanceMassAccuracy, A, region=region), abs=1e-6)
+    assert relevance_mass(A, region).numpy() == pytest.approx(by_quantus(quantus.RelevanceMassAccuracy, A, region=region), abs=1e-6)
 
 
 @some
@@ -149,7 +153,7 @@ def enlarged(plane, height, width):
 @some
 @given(attributions(), st.tuples(st.integers(7, 12), st.integers(7, 12)))
 def test_the_evidence_map_is_the_enlarged_sum_of_the_channels(A, size):
-    for a, ours in zip(A.double().numpy(), evidence_map(A, size)):
+    for a, ours in zip(A.double().numpy(), pixel_shares(A, size)):
         slowly = enlarged(a.sum(0), *size)
         assert ours.shape == (1, *size) and ours[0].numpy() == pytest.approx(slowly / max(slowly.sum(), 1e-9), abs=1e-6)
 
@@ -165,11 +169,11 @@ def test_ranks_are_the_places_in_a_sorted_list_and_ties_keep_the_order_of_readin
 @some
 @given(attributions(['spread', 'sparse', 'distinct']), st.tuples(st.integers(7, 12), st.integers(7, 12)), region_shares, seeds)
 def test_a_region_is_compared_at_the_size_of_the_image(A, size, share, seed):
-    region, evidence = made_region(A, share, seed, size), evidence_map(A, size)
+    region, evidence = made_region(A, share, seed, size), pixel_shares(A, size)
     for i, (r, e) in enumerate(zip(region.flatten(1).tolist(), evidence.double().flatten(1).tolist())):
         best = sorted(range(len(e)), key=lambda k: (-e[k], k))
         salient, inside = set(best[:sum(r)]), {k for k, v in enumerate(r) if v}
-        assert region_share(A, region)[i].item() == pytest.approx(sum(e[k] for k in inside), abs=1e-5)
+        assert relevance_mass(A, region)[i].item() == pytest.approx(sum(e[k] for k in inside), abs=1e-5)
         assert pointing_game(A, region)[i].item() == (r[best[0]] and e[best[0]] > 0)
         if inside: assert region_iou(A, region)[i].item() == pytest.approx(len(salient & inside) / len(salient | inside))
 
@@ -363,27 +367,27 @@ def test_every_measure_keeps_to_its_range(A):
     assert (area[empty] == 0).all() and (1 / n - slack <= area[~empty]).all() and (area <= 1 + slack).all()
     assert g[empty].isnan().all() and (-slack <= g[~empty]).all() and (g[~empty] <= 1 - 1 / n + slack).all()
     assert (r[empty] == 0).all() and (0 < r[~empty]).all() and (r <= 1).all()
-    assert evidence_map(A, (9, 8)).sum((1, 2, 3)).tolist() == pytest.approx((~empty).float().tolist(), abs=1e-5)
+    assert pixel_shares(A, (9, 8)).sum((1, 2, 3)).tolist() == pytest.approx((~empty).float().tolist(), abs=1e-5)
 
 
 @given(attributions(['zero']), region_shares, seeds)
 def test_an_image_without_evidence_has_none_in_any_region(A, share, seed):
     region = made_region(A, share, seed)
-    assert (region_share(A, region) == 0).all() and not pointing_game(A, region).any()
+    assert (relevance_mass(A, region) == 0).all() and not pointing_game(A, region).any()
 
 
 @given(attributions(KINDS[:5]), region_shares, seeds)
 def test_evidence_in_a_region_and_in_the_rest_make_one(A, share, seed):
     region = made_region(A, share, seed)
     assume(A.flatten(1).amax(1).min() > 0)
-    assert (region_share(A, region) + region_share(A, ~region)).tolist() == pytest.approx([1] * len(A), abs=1e-5)
+    assert (relevance_mass(A, region) + relevance_mass(A, ~region)).tolist() == pytest.approx([1] * len(A), abs=1e-5)
     assert (pointing_game(A, region) ^ pointing_game(A, ~region)).all()
     assert (region_iou(A, torch.ones_like(region)) == 1).all() and region_iou(A, torch.zeros_like(region)).isnan().all()
 
 
 def all_measures(A, region):
-    return [*(measure(A).float() for measure in MEASURES.values()), region_share(A, region), pointing_game(A, region).float(),
-            region_iou(A, region), evidence_map(A, region.shape[2:]), pixel_ranks(A, region.shape[2:]).float()]
+    return [*(measure(A).float() for measure in MEASURES.values()), relevance_mass(A, region), pointing_game(A, region).float(),
+            region_iou(A, region), pixel_shares(A, region.shape[2:]), pixel_ranks(A, region.shape[2:]).float()]
 
 
 @given(attributions(), region_shares, seeds)
@@ -414,7 +418,7 @@ def test_images_need_not_be_square_nor_plain_tensors(small_net):
     region = torch.zeros(4, 1, 12, 8, dtype=torch.bool)
     region[:, :, 6:] = True
     low = A.sum(1)[:, 6:].sum((1, 2)) / A.sum((1, 2, 3))
-    assert region_share(A, region).tolist() == pytest.approx(low.tolist(), abs=1e-5)
+    assert relevance_mass(A, region).tolist() == pytest.approx(low.tolist(), abs=1e-5)
     assert deletion_curve(net, x, A, y).shape == insertion_curve(net, x, A, y).shape == (4, 17)
     assert occlusion_accuracy(net, [(x, y)]).shape == (6, 2)
     plain = x.as_subclass(torch.Tensor)
@@ -936,7 +940,7 @@ def test_maps_are_of_the_images_and_epochs_they_say(followed, figures):
     torch.testing.assert_close(recorder.images, (PHOTOS[chosen] - low) / (high - low))  # nobody told how they were normalized
     axes = recorder.plot_maps()
     assert axes.shape == (3, 5) and [ax.get_title() for ax in axes[0]] == ['', 'epoch 1', 'epoch 3', 'epoch 4', 'epoch 6']
-    for row, share in zip(axes, evidence_map(recorder.maps[-1], (8, 8))):
+    for row, share in zip(axes, pixel_shares(recorder.maps[-1], (8, 8))):
         assert np.asarray(row[-1].images[-1].get_array()) == pytest.approx((64 * share[0]).numpy(), abs=1e-5)
 
 
@@ -946,7 +950,7 @@ def test_maps_are_drawn_on_the_axes_and_the_scale_they_are_given(followed, figur
     axes = recorder.plot_maps([0, 5], vmax=4., axes=given)
     assert axes is given and len(plt.get_fignums()) == 1 and [ax.get_title() for ax in axes[0]] == ['', 'epoch 1', 'epoch 6']
     assert {ax.images[-1].get_clim() for ax in axes[:, 1:].flat} == {(0., 4.)}
-    assert plot_map_history(recorder.images, {0: recorder.maps[0]}).shape == (3, 2)
+    assert plot_attribution_history(recorder.images, {0: recorder.maps[0]}).shape == (3, 2)
 
 
 @pytest.mark.parametrize('n_maps, kept', [(0, 0), (1, 1), (100, 10)])
@@ -965,9 +969,9 @@ def test_before_a_fit_there_is_nothing_to_draw():
 def test_images_are_shown_within_bounds_whatever_their_scale(small_net, tmp_path):
     dl = learner(small_net(), tmp_path).dls.valid
     x = torch.rand(2, 3, 4, 4)
-    assert viewable(dl, x).equal(x) and viewable(object(), x).equal(x)
-    torch.testing.assert_close(viewable(dl, (255 * x).round()), x, atol=0.01, rtol=0)
-    for strange in (10 * x - 5, torch.zeros(2, 3, 4, 4) - 3): assert 0 <= viewable(dl, strange).min() and viewable(dl, strange).max() <= 1
+    assert denormalize(dl, x).equal(x) and denormalize(object(), x).equal(x)
+    torch.testing.assert_close(denormalize(dl, (255 * x).round()), x, atol=0.01, rtol=0)
+    for strange in (10 * x - 5, torch.zeros(2, 3, 4, 4) - 3): assert 0 <= denormalize(dl, strange).min() and denormalize(dl, strange).max() <= 1
 
 
 # What it costs

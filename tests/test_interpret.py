@@ -18,9 +18,9 @@ from fastai.vision.learner import vision_learner
 from torchvision.models import resnet18
 
 from sgdrop.attribution import attribute
-from sgdrop.focus import effective_area, evidence_map
-from sgdrop.interpret import AttributionInterpretation, class_names, common_scale, disagreement
-from sgdrop.split import evaluating, split_model
+from sgdrop.metrics import effective_area, pixel_shares
+from sgdrop.interpret import AttributionInterpretation, class_names, common_scale, total_variation
+from sgdrop.split import eval_mode, split_model
 
 matplotlib.use('agg')
 
@@ -48,10 +48,10 @@ def test_every_image_is_measured_as_by_hand(learn):
     interp = AttributionInterpretation.from_learner(learn)
     x = torch.stack([item[0] for item in learn.dls.valid_ds])
     phi, psi = split_model(learn.model, None, x[:2])
-    with evaluating(learn.model): A = attribute(psi, phi(x))
+    with eval_mode(learn.model): A = attribute(psi, phi(x))
     torch.testing.assert_close(interp.maps, A.sum(1, keepdim=True))
     torch.testing.assert_close(torch.tensor(interp.images.effective_area.tolist()), effective_area(A))
-    torch.testing.assert_close(interp.shares([3, 5], (8, 8)), evidence_map(A[[3, 5]], (8, 8)))
+    torch.testing.assert_close(interp.shares([3, 5], (8, 8)), pixel_shares(A[[3, 5]], (8, 8)))
 
 
 def test_losses_and_predictions_are_fastais(learn):
@@ -158,7 +158,7 @@ def test_disagreement_is_the_distance_between_distributions():
     one, other = torch.rand(5, 1, 4, 4).double(), torch.rand(5, 1, 4, 4).double()
     one, other = one / one.sum((1, 2, 3), keepdim=True), other / other.sum((1, 2, 3), keepdim=True)
     slowly = [sum(max(a - b, 0.) for a, b in zip(p.flatten().tolist(), q.flatten().tolist())) for p, q in zip(one, other)]
-    assert disagreement(one, other).tolist() == pytest.approx(slowly)
+    assert total_variation(one, other).tolist() == pytest.approx(slowly)
 
 
 def test_the_scale_leaves_out_one_pixel_in_a_hundred():

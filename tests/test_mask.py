@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attributions import made
-from sgdrop.mask import FILLS, kept_evidence, saliency_mask
+from sgdrop.mask import FILLS, kept_attribution, saliency_mask
 
 GRANULARITIES = ['element', 'spatial', 'channel']
 SUMMED = dict(element=(), spatial=(1,), channel=(2, 3))
@@ -128,7 +128,7 @@ def test_the_attribution_itself_is_not_written_to(A, rho, granularity):
 @given(attributions, shares, granularities)
 def test_the_evidence_kept_is_what_the_mask_leaves(A, rho, granularity):
     M = saliency_mask(A, rho, granularity)
-    kept = kept_evidence(A, M)
+    kept = kept_attribution(A, M)
     for a, m, share in zip(A.double(), M.expand_as(A), kept):
         if a.sum() == 0: assert share.isnan()
         else: assert share.item() == pytest.approx((a[m].sum() / a.sum()).item(), abs=1e-6)

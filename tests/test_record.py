@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from sgdrop import data, record
-from sgdrop.compare import read_rows, settings_key
+from sgdrop.experiments.runner import read_rows, settings_key
 from sgdrop.data import FLOWERS17_CLASSES, flowers17, flowers17_path, imagenette
-from sgdrop.record import RECORDINGS, main, recorded
+from sgdrop.experiments.demo import main
+from sgdrop.experiments.tutorials import RECORDINGS, recorded
 
 RESULTS = Path(__file__).parents[1] / 'results'
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from networks import masked_images
 from sgdrop.callback import SGDropCallback
-from sgdrop.focus import FocusRecorder
+from sgdrop.recorder import FocusRecorder
 
 ALONE, TOGETHER = 4, 8  # images per batch, of one of two processes and of both
 WHOLE = dict(granularity='element')  # no mask depends on what the rest of the batch is

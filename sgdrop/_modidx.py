@@ -568,7 +568,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'sgdrop.split.tapped': ('split.html#tapped', 'sgdrop/split.py'),
                               'sgdrop.split.unwrapped': ('split.html#unwrapped', 'sgdrop/split.py')},
             'sgdrop.stats': { 'sgdrop.stats._differences': ('stats.html#_differences', 'sgdrop/stats.py'),
-                              'sgdrop.stats._named': ('stats.html#_named', 'sgdrop/stats.py'),
+                              'sgdrop.stats._refuse': ('stats.html#_refuse', 'sgdrop/stats.py'),
                               'sgdrop.stats._values_of': ('stats.html#_values_of', 'sgdrop/stats.py'),
                               'sgdrop.stats.by_cell': ('stats.html#by_cell', 'sgdrop/stats.py'),
                               'sgdrop.stats.differences_to': ('stats.html#differences_to', 'sgdrop/stats.py'),

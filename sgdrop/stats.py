@@ -69,16 +69,16 @@ def paired_table(
              for value in values]
     return pd.DataFrame(found).astype(dict(wins=int, ties=int, n=int))
 
-# %% ../nbs/13_stats.ipynb #ba0c7f84
+# %% ../nbs/13_stats.ipynb #3c72b79e
 def format_difference(
     difference: pd.Series,  # from `paired_difference`, or a row of `paired_table`
     digits: int = 3,  # decimal places
     scale: float = 1.,  # factor; 100 for percentage points
 ) -> str:
     "Format a paired difference as text: mean, 95 % interval, wins"
-    mean, low, high = (  # adding 0 turns -0 into 0
-        f'{round(scale * difference[name], digits) + 0.:+.{digits}f}'
-        for name in ('mean', 'low', 'high'))
+    values = (scale * difference[name] for name in ('mean', 'low', 'high'))
+    # adding 0 turns -0 into 0
+    mean, low, high = (f'{round(v, digits) + 0.:+.{digits}f}' for v in values)
     interval = f' [{low}, {high}]' if difference['n'] > 1 else ''
     ties = f', {difference["ties"]:.0f} tied' if difference['ties'] else ''
     return f'{mean}{interval}, {difference["wins"]:.0f} of {difference["n"]:.0f}{ties}'

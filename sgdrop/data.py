@@ -48,11 +48,12 @@ def cue_regions(
     rows, columns = torch.where(far == 1, near_edge.flip(0), near_edge)
     return rows[:, None, :, None] & columns[:, None, None, :]
 
-# %% ../nbs/12_data.ipynb #e8b013d9
+# %% ../nbs/12_data.ipynb #b7b10785
 CUES = 'present', 'absent', 'misleading'  # ways to paint the cue
 # a colour per digit: 10×3, red, green and blue from 0 to 1
 CUE_COLOURS = torch.tensor([colorsys.hsv_to_rgb(d / 10, 1, 1) for d in range(10)])
 
+# %% ../nbs/12_data.ipynb #6a018d18
 def with_cue(
     x: Tensor,  # images, N×3×H×W
     y: Tensor,  # digits, N
@@ -67,7 +68,7 @@ def with_cue(
     shown = y if cue == 'present' else (y + wrong) % 10
     return torch.where(regions, CUE_COLOURS[shown][:, :, None, None], x)
 
-# %% ../nbs/12_data.ipynb #4ac41954
+# %% ../nbs/12_data.ipynb #53355b4b
 def _digit_loader(images, digits, **kwargs):
     "Make a loader of images and labels that fastai can show and decode"
     images, names = (images * 255).byte(), [str(d) for d in range(10)]
@@ -77,7 +78,7 @@ def _digit_loader(images, digits, **kwargs):
     return TfmdDL(items, num_workers=0, device=default_device(), after_batch=[
         IntToFloatTensor(), Normalize.from_stats([0.5] * 3, [0.5] * 3)], **kwargs)
 
-# %% ../nbs/12_data.ipynb #74579766
+# %% ../nbs/12_data.ipynb #3fd10ec7
 def shortcut_digits(
     bs: int = 64,  # batch size
     n_train: int = 1000,  # how many of the 1,797 digits are for training
@@ -99,7 +100,7 @@ def shortcut_digits(
     dls.tests, dls.cue_regions = tests, regions[test]
     return dls
 
-# %% ../nbs/12_data.ipynb #b26f56b2
+# %% ../nbs/12_data.ipynb #30b2c8c3
 def few_per_class(
     labels: list,  # label of each item
     n: int,  # how many items of each class
@@ -113,13 +114,14 @@ def few_per_class(
         if len(ids) < n: raise ValueError(f'need {n} per class; {c!r} has {len(ids)}')
     return [i for ids in by_class.values() for i in ids[:n]]
 
-# %% ../nbs/12_data.ipynb #dbd952d5
+# %% ../nbs/12_data.ipynb #fb7f994f
 # name → address, and the folder in fastai's data folder, by any of its names
 IMAGE_SETS = dict(
     imagenette=(URLs.IMAGENETTE_160, 'imagenette2-160'),
     flowers17=('https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz',
                'flowers17', '17flowers'))
 
+# %% ../nbs/12_data.ipynb #c738bfaa
 def found_set(
     name: str,  # 'imagenette' or 'flowers17'
 ) -> Path | None:  # its folder; None if it is missing
@@ -131,7 +133,7 @@ def missing_sets() -> list[str]:  # names
     "List the image sets that are not on this machine"
     return [name for name in IMAGE_SETS if found_set(name) is None]
 
-# %% ../nbs/12_data.ipynb #da38fbb2
+# %% ../nbs/12_data.ipynb #90f07241
 def fetch_set(
     name: str,  # 'imagenette' or 'flowers17'
 ) -> Path:  # its folder
@@ -144,13 +146,14 @@ def fetch_set(
             f'{name} is not on this machine and could not be downloaded '
             f'from {url} ({e}); its folder belongs at {home}') from e
 
-# %% ../nbs/12_data.ipynb #a16de907
+# %% ../nbs/12_data.ipynb #4f3f0515
 # folder → class
 IMAGENETTE_CLASSES = dict(n01440764='tench', n02102040='English springer',
     n02979186='cassette player', n03000684='chain saw', n03028079='church',
     n03394916='French horn', n03417042='garbage truck', n03425413='gas pump',
     n03445777='golf ball', n03888257='parachute')
 
+# %% ../nbs/12_data.ipynb #7b7e6532
 def _photographs(train, valid, label, size, bs, **kwargs):
     "Make loaders of JPEG files, cropped and flipped at random in training only"
     items = Datasets(train + valid, [[PILImage.create], [label, Categorize()]],
@@ -159,7 +162,7 @@ def _photographs(train, valid, label, size, bs, **kwargs):
     return items.dataloaders(bs=bs, after_item=[crop, ToTensor()], after_batch=[
         IntToFloatTensor(), Flip(), Normalize.from_stats(*imagenet_stats)], **kwargs)
 
-# %% ../nbs/12_data.ipynb #74979e13
+# %% ../nbs/12_data.ipynb #f6edadad
 def imagenette(
     n_per_class: int = 95,  # training images of each class
     size: int = 64,  # height and width, pixels
@@ -174,19 +177,20 @@ def imagenette(
     def label(file): return IMAGENETTE_CLASSES[parent_label(file)]
     return _photographs(train, valid, label, size, bs, **kwargs)
 
-# %% ../nbs/12_data.ipynb #60c57065
+# %% ../nbs/12_data.ipynb #ca121b75
 # in the order of the files, 80 each
 FLOWERS17_CLASSES = ('daffodil', 'snowdrop', 'lily of the valley', 'bluebell', 'crocus',
     'iris', 'tigerlily', 'tulip', 'fritillary', 'sunflower', 'daisy', 'coltsfoot',
     'dandelion', 'cowslip', 'buttercup', 'windflower', 'pansy')
 
+# %% ../nbs/12_data.ipynb #49faddb3
 def flower_name(
     file: Path,  # named image_NNNN.jpg
 ) -> str:
     "Return the kind of flower in a file of Flowers17"
     return FLOWERS17_CLASSES[(int(file.stem.rpartition('_')[2]) - 1) // 80]
 
-# %% ../nbs/12_data.ipynb #7fdd018a
+# %% ../nbs/12_data.ipynb #ea4e7c14
 def flowers17(
     n_per_class: int = 40,  # training images of each class, of 80
     size: int = 64,  # height and width, pixels

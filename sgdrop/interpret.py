@@ -23,12 +23,13 @@ from .recorder import denormalize, without_augmentation
 # %% auto #0
 __all__ = ['AttributionInterpretation', 'total_variation']
 
-# %% ../nbs/11_interpret.ipynb #dcd9c3d5
+# %% ../nbs/11_interpret.ipynb #44bd08b5
 def _class_names(table, vocab=None):
     "Join the names of the classes in each row of a bool table, B×K"
     names = [str(c) for c in (range(table.shape[1]) if vocab is None else vocab)]
     return ['+'.join(n for n, has in zip(names, row) if has) for row in table.tolist()]
 
+# %% ../nbs/11_interpret.ipynb #22e264cb
 def _image_rows(learn, y, logits, A):
     "Describe each image of a batch in a row of a table"
     with learn.loss_not_reduced(): losses = learn.loss_func(logits, y).float()
@@ -41,14 +42,14 @@ def _image_rows(learn, y, logits, A):
         **{f.__name__: f(A).tolist() for f in measures},
         loss=losses.view(len(logits), -1).mean(1).tolist()))
 
-# %% ../nbs/11_interpret.ipynb #4db426b6
+# %% ../nbs/11_interpret.ipynb #c6491470
 class AttributionInterpretation(Interpretation):
     "Attribution of a network, image by image"
     # `images`: a table with a row per image: label, prediction, measures, loss
     # `maps`: attribution summed over the channels, N×1×h×w
     def __len__(self): return len(self.images)
 
-# %% ../nbs/11_interpret.ipynb #6622a7fb
+# %% ../nbs/11_interpret.ipynb #d9a4c185
 @patch(cls_method=True)
 def from_learner(cls: AttributionInterpretation,
     learn: Learner,  # holds the network and the images
@@ -76,7 +77,7 @@ def from_learner(cls: AttributionInterpretation,
     self.images, self.maps = images, torch.cat(maps)
     return self
 
-# %% ../nbs/11_interpret.ipynb #154002f4
+# %% ../nbs/11_interpret.ipynb #2175010a
 @patch
 def pictures(self: AttributionInterpretation,
     numbers: list[int],  # numbers of images
@@ -87,13 +88,13 @@ def pictures(self: AttributionInterpretation,
         xs = [x.as_subclass(Tensor) for x, *_ in dl]
     return denormalize(self.dl, torch.cat(xs))
 
-# %% ../nbs/11_interpret.ipynb #3ca64693
+# %% ../nbs/11_interpret.ipynb #893c3d45
 def _common_scale(*shares):
     "Return the upper end of a common colour scale, in multiples of an even spread"
     pixels = torch.cat([s.flatten() for s in shares]) * shares[0][0].numel()
     return max(2., pixels.kthvalue(max(1, int(0.99 * len(pixels)))).values.item())
 
-# %% ../nbs/11_interpret.ipynb #3413ed18
+# %% ../nbs/11_interpret.ipynb #aac7099f
 def _draw(interps, numbers, names, vmax, axes):
     "Draw images and, below them, the attribution of each network"
     pictures, labels = interps[0].pictures(numbers), interps[0].images.label[numbers]
@@ -118,7 +119,7 @@ def _draw(interps, numbers, names, vmax, axes):
                                label='attribution (1 = spread evenly)')
     return axes
 
-# %% ../nbs/11_interpret.ipynb #563d726e
+# %% ../nbs/11_interpret.ipynb #c8f742d0
 # name → column of `images`, and the end of it to take
 _WHICH = dict(focused=('effective_area', 'nsmallest'),
               spread=('effective_area', 'nlargest'), top_losses=('loss', 'nlargest'))
@@ -138,7 +139,7 @@ def chosen(self: AttributionInterpretation,
     raise ValueError(f'which must be one of {", ".join(map(repr, _WHICH))} or a list '
                      f'of numbers from 0 to {len(self) - 1}, got {which!r}')
 
-# %% ../nbs/11_interpret.ipynb #c773a985
+# %% ../nbs/11_interpret.ipynb #01bd13a5
 @patch
 def plot_attributions(self: AttributionInterpretation,
     # 'focused', 'spread', 'top_losses', or numbers of images
@@ -151,7 +152,7 @@ def plot_attributions(self: AttributionInterpretation,
     "Plot images and their attribution"
     return _draw([self], self.chosen(which, k), [''], vmax, axes)
 
-# %% ../nbs/11_interpret.ipynb #1550f68e
+# %% ../nbs/11_interpret.ipynb #a81cbf12
 def total_variation(
     shares: Tensor,  # shares of attribution, n×1×H×W
     others: Tensor,  # the same for another network
@@ -159,7 +160,7 @@ def total_variation(
     "Return the share of attribution that must move to turn one map into the other"
     return (shares - others).abs().sum((1, 2, 3)) / 2
 
-# %% ../nbs/11_interpret.ipynb #160a0ce3
+# %% ../nbs/11_interpret.ipynb #921e55ed
 @patch
 def compare(self: AttributionInterpretation,
     other: AttributionInterpretation,  # of another network, over the same images
@@ -181,7 +182,7 @@ def compare(self: AttributionInterpretation,
         which = (-total_variation(*shares)).argsort(stable=True)[:k].tolist()
     return _draw([self, other], self.chosen(which, k), names, vmax, axes)
 
-# %% ../nbs/11_interpret.ipynb #7038e393
+# %% ../nbs/11_interpret.ipynb #42330ed0
 def _deletion_curves(interp, numbers, steps):
     "Return the curves of some images, with pixels in salient and in random order"
     found, maps = [], interp.maps[numbers].split(interp.dl.bs)
@@ -193,7 +194,7 @@ def _deletion_curves(interp, numbers, steps):
                     interp.learn.model, x.as_subclass(Tensor), order, steps=steps))
     return torch.cat(found[::2]).cpu(), torch.cat(found[1::2]).cpu()
 
-# %% ../nbs/11_interpret.ipynb #2bebe1e4
+# %% ../nbs/11_interpret.ipynb #ae1fab6a
 @patch
 def deletion_curve(self: AttributionInterpretation,
     n: int = 100,  # how many images, spread evenly over the set
@@ -215,7 +216,7 @@ def deletion_curve(self: AttributionInterpretation,
     ax.legend(fontsize=9)
     return ax
 
-# %% ../nbs/11_interpret.ipynb #b3a40123
+# %% ../nbs/11_interpret.ipynb #2c828d77
 @patch
 def focus_table(self: AttributionInterpretation) -> pd.DataFrame:  # a row per class
     "Average the measures over the images of each class, and over all"

@@ -11,13 +11,14 @@ from scipy import stats
 # %% auto #0
 __all__ = ['paired_difference', 'paired_table', 'format_difference', 'differences_to', 'by_cell']
 
-# %% ../nbs/13_stats.ipynb #611530f3
+# %% ../nbs/13_stats.ipynb #05aefe4b
 def _refuse(pairs, problem, fix):
     "Raise a `ValueError` that names these pairs, if there are any"
     records = pairs.to_frame().to_dict('records')
     named = '; '.join(', '.join(f'{k}={v}' for k, v in r.items()) for r in records)
     if named: raise ValueError(f'{problem} {named}; {fix}')
 
+# %% ../nbs/13_stats.ipynb #1e092708
 def _values_of(rows, value, method, pair_by, column):
     "Return the values of one method, indexed by pair"
     of_method = rows[rows[column] == method]
@@ -29,7 +30,7 @@ def _values_of(rows, value, method, pair_by, column):
     _refuse(twice, f'{method!r} has several rows with', 'add what differs to pair_by')
     return values
 
-# %% ../nbs/13_stats.ipynb #c30cc8cb
+# %% ../nbs/13_stats.ipynb #e387c9fc
 def _differences(rows, value, method, against, pair_by, column):
     "Return one method's values minus the other's, indexed by pair"
     pairs = pd.concat({name: _values_of(rows, value, name, pair_by, column)
@@ -39,7 +40,7 @@ def _differences(rows, value, method, against, pair_by, column):
                 'run it, or leave out its partner')
     return pairs[method] - pairs[against]
 
-# %% ../nbs/13_stats.ipynb #72546621
+# %% ../nbs/13_stats.ipynb #190b9028
 def paired_difference(
     rows: pd.DataFrame,  # a row per run
     value: str,  # column to compare
@@ -55,7 +56,7 @@ def paired_difference(
                  wins=(d > 0).sum(), ties=(d == 0).sum(), n=len(d))
     return pd.Series(found, name=value)
 
-# %% ../nbs/13_stats.ipynb #59c42cac
+# %% ../nbs/13_stats.ipynb #9e940739
 def paired_table(
     rows: pd.DataFrame,  # a row per run
     values: list[str],  # columns to compare
@@ -69,7 +70,7 @@ def paired_table(
              for value in values]
     return pd.DataFrame(found).astype(dict(wins=int, ties=int, n=int))
 
-# %% ../nbs/13_stats.ipynb #3c72b79e
+# %% ../nbs/13_stats.ipynb #a9188ba3
 def format_difference(
     difference: pd.Series,  # from `paired_difference`, or a row of `paired_table`
     digits: int = 3,  # decimal places
@@ -83,7 +84,7 @@ def format_difference(
     ties = f', {difference["ties"]:.0f} tied' if difference['ties'] else ''
     return f'{mean}{interval}, {difference["wins"]:.0f} of {difference["n"]:.0f}{ties}'
 
-# %% ../nbs/13_stats.ipynb #b1c214ca
+# %% ../nbs/13_stats.ipynb #784fc5d0
 def differences_to(
     rows: pd.DataFrame,  # a row per run, with a column `method`
     value: str,  # column to compare
@@ -96,7 +97,7 @@ def differences_to(
     found = {m: paired_difference(rows, value, m, against, pair_by) for m in methods}
     return pd.DataFrame(found).T.astype(dict(wins=int, ties=int, n=int))
 
-# %% ../nbs/13_stats.ipynb #53fc3a31
+# %% ../nbs/13_stats.ipynb #ae4c0eb1
 def by_cell(
     rows: pd.DataFrame,  # a row per run, with a column `method`
     value: str,  # column to compare

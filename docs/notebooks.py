@@ -22,11 +22,11 @@ def cells(path, text, steps=()):
     processor = NBProcessor(nb=read_nb(path), procs=[*STEPS, *steps])
     processor.process()
     directives = [c.directives_ for c in processor.nb.cells]
+    for cell in processor.nb.cells: cell.metadata = {}
     shown = nbformat.reads(nb2str(processor.nb), 4).cells
     for cell, d in zip(shown, directives):
         empty = not cell.source.strip() and not cell.get('outputs')
         if empty or d.get('include') == 'false': continue
-        cell.metadata = {}
         if cell.cell_type == 'markdown': cell.source = text(cell.source)
         if cell.cell_type == 'code':
             cell.metadata.tags = [tag for (k, v), tag in TAGS.items() if d.get(k) == v]

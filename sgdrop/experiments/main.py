@@ -17,21 +17,22 @@ def experiments() -> dict:  # name → `Experiment`
     found = [*tutorials.EXPERIMENTS, overhead.OVERHEAD, *benchmark.EXPERIMENTS]
     return {experiment.name: experiment for experiment in found}
 
-# %% ../../nbs/experiments/06_main.ipynb #a5222ecb
+# %% ../../nbs/experiments/06_main.ipynb #0fde9b32
 def _demo(args):
     "Train three networks, and write the results"
     from sgdrop.experiments.demo import demo_table, plot_demo, run_demo, save_demo
     args.out.mkdir(parents=True, exist_ok=True)
-    records, pictures = run_demo(args.seeds, args.epochs, args.jobs, sys.stdout.isatty())
+    show_bar = sys.stdout.isatty()
+    records, pictures = run_demo(args.seeds, args.epochs, args.jobs, show_bar)
     save_demo(args.out, records, plot_demo(records, pictures))
     return (f'{demo_table(records).to_string()}\nmean ± standard deviation over '
             f'{args.seeds} seeds; {args.out}/demo.json, {args.out}/demo.png')
 
 def _list(args):
     "Describe the experiments"
-    return '\n'.join(f'{name:<14}{e.time} on one core' for name, e in experiments().items())
+    return '\n'.join(f'{e.name:<14}{e.time} on one core' for e in experiments().values())
 
-# %% ../../nbs/experiments/06_main.ipynb #1b74e993
+# %% ../../nbs/experiments/06_main.ipynb #91a1c1ad
 def _run(args):
     "Make or complete a table, or compare it with new runs"
     from sgdrop.data import fetch_set
@@ -44,8 +45,7 @@ def _run(args):
     for name in there[args.name].needs: fetch_set(name)
     if args.again:
         table = repeat(there[args.name], folder)
-        same = table.table.equals(table.again)
-        return f'{table.to_string()}\n{"equal" if same else "not equal to the last digit"}'
+        return f'{table.to_string()}\nequal: {table.table.equals(table.again)}'
     done = complete(there[args.name], folder, args.jobs, sys.stdout.isatty())
     return f'{len(done)} runs in {folder / args.name}.jsonl'
 
@@ -55,7 +55,11 @@ def _data(args):
     if args.missing: return ' '.join(missing_sets())
     return '\n'.join(f'{name}: {fetch_set(name)}' for name in args.name or IMAGE_SETS)
 
-# %% ../../nbs/experiments/06_main.ipynb #8e6a8b57
+# %% ../../nbs/experiments/06_main.ipynb #27df661c
+def _count(text):
+    if text.isdecimal() and int(text) > 0: return int(text)
+    raise argparse.ArgumentTypeError(f'expected a whole number from 1, got {text!r}')
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
 
@@ -68,20 +72,24 @@ def _parser():
         added.set_defaults(run=run, prog=added.prog)
         return added.add_argument
     add = command(_demo, 'train with and without SGDrop on digits with a shortcut')
-    add('--seeds', type=int, default=3, help='how many seeds (default: 3)')
-    add('--epochs', type=int, default=8, help='default: 8')
-    add('--jobs', type=int, default=os.cpu_count(), help='default: one per core')
+    add('--seeds', type=_count, default=3, help='how many seeds (default: 3)')
+    add('--epochs', type=_count, default=8, help='default: 8')
+    add('--jobs', type=_count, default=os.cpu_count(), help='default: one per core')
     add('--out', type=Path, default=Path('demo'), help='folder (default: demo)')
     command(_list, 'list the experiments')
     add = command(_run, 'make or complete the table of an experiment')
     add('name')
-    add('--jobs', type=int, default=1, help='how many processes (default: 1)')
+    add('--jobs', type=_count, default=1, help='how many processes (default: 1)')
     add('--out', type=Path, help='folder of the tables')
     add('--again', action='store_true', help='make two runs again, and compare')
     add = command(_data, "fetch image sets into fastai's data folder")
     add('name', nargs='*', help='default: all')
     add('--missing', action='store_true', help='only name missing sets')
     return parser
+
+def _complain(args, what, status):
+    sys.stderr.write(f'{args.prog}: {what}\n')
+    return status
 
 def main(
     argv: list[str] | None = None,  # the command line; None for the real one
@@ -92,7 +100,6 @@ def main(
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')
     args = _parser().parse_args(argv)
     try: print(args.run(args))
-    except KeyboardInterrupt: sys.stderr.write(f'{args.prog}: interrupted\n')
-    except (ImportError, OSError, ValueError) as e: sys.stderr.write(f'{args.prog}: {e}\n')
-    else: return 0
-    return 1
+    except KeyboardInterrupt: return _complain(args, 'interrupted', 130)
+    except (ImportError, OSError, ValueError) as e: return _complain(args, e, 1)
+    return 0

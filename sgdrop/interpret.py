@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import metrics
 from .attribution import class_mask
-from .plots import show_attribution
+from .plots import common_scale, show_attribution
 from .recorder import denormalize, without_augmentation
 
 # %% auto #0
@@ -88,19 +88,13 @@ def pictures(self: AttributionInterpretation,
         xs = [x.as_subclass(Tensor) for x, *_ in dl]
     return denormalize(self.dl, torch.cat(xs))
 
-# %% ../nbs/11_interpret.ipynb #893c3d45
-def _common_scale(*shares):
-    "Return the upper end of a common colour scale, in multiples of an even spread"
-    pixels = torch.cat([s.flatten() for s in shares]) * shares[0][0].numel()
-    return max(2., pixels.kthvalue(max(1, int(0.99 * len(pixels)))).values.item())
-
 # %% ../nbs/11_interpret.ipynb #aac7099f
 def _draw(interps, numbers, names, vmax, axes):
     "Draw images and, below them, the attribution of each network"
     pictures, labels = interps[0].pictures(numbers), interps[0].images.label[numbers]
     size, (rows, columns) = pictures.shape[2:], (1 + len(interps), len(numbers))
     shares = [metrics.pixel_shares(i.maps[numbers], size) for i in interps]
-    vmax = vmax or _common_scale(*shares)
+    vmax = vmax or common_scale(*shares)
     if axes is None:
         fig = plt.figure(layout='constrained', figsize=(1.35 * columns + 1, 1.7 * rows))
         axes = fig.subplots(rows, columns, squeeze=False)

@@ -21,7 +21,7 @@ from .split import (
 # %% auto #0
 __all__ = ['attribution_ratio', 'effective_area', 'gini', 'pixel_shares', 'relevance_mass', 'pointing_game', 'region_iou',
            'attributed', 'model_attribution', 'even_indices', 'spread_over', 'neuron_coverage', 'deletion_curve',
-           'insertion_curve', 'curve_auc', 'is_correct', 'occlusion_accuracy']
+           'insertion_curve', 'curve_auc', 'is_correct', 'occlusion_accuracy', 'calibration_error']
 
 # %% ../nbs/08_metrics.ipynb #40d373ec
 def attribution_ratio(
@@ -295,3 +295,16 @@ def occlusion_accuracy(
     means = [torch.cat(column).mean(0).cpu().numpy() for column in zip(*right)]
     index = pd.Index(shares, name='share covered')
     return pd.DataFrame(dict(zip(('salient', 'random'), means)), index)
+
+# %% ../nbs/08_metrics.ipynb #a9082b40
+def calibration_error(
+    probabilities: Tensor,  # B×K
+    y: Tensor,  # class numbers, B
+    n_bins: int = 15,  # bins of confidence
+) -> float:  # in [0, 1]
+    "Return the expected calibration error of the predicted class"
+    confidence, predicted = probabilities.max(1)
+    bins = (confidence * n_bins).long().clamp(max=n_bins - 1)
+    excess = (confidence - (predicted == y).float()).double()
+    per_bin = torch.zeros(n_bins, dtype=torch.float64).index_add_(0, bins, excess)
+    return per_bin.abs().sum().item() / len(y)

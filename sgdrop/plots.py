@@ -8,6 +8,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
@@ -16,7 +17,7 @@ from torch import Tensor
 from .metrics import pixel_shares
 
 # %% auto #0
-__all__ = ['show_attribution', 'plot_focus', 'plot_attribution_history', 'forest_plot']
+__all__ = ['show_attribution', 'common_scale', 'plot_focus', 'plot_attribution_history', 'forest_plot']
 
 # %% ../nbs/09_plots.ipynb #38544e19
 _ramp = np.linspace(0, 1, 256)
@@ -42,6 +43,14 @@ def show_attribution(
         ax.contour(region[0].float(), [0.5], colors=colour, linewidths=width)
     ax.set(xticks=[], yticks=[])
     return ax
+
+# %% ../nbs/09_plots.ipynb #465ae57b
+def common_scale(
+    *shares: Tensor,  # shares of the attribution, n×1×H×W each: see `pixel_shares`
+) -> float:  # in multiples of an even spread, at least 2
+    "Return the upper end of a colour scale for several maps"
+    pixels = torch.cat([s.flatten() for s in shares]) * shares[0][0].numel()
+    return max(2., pixels.kthvalue(max(1, int(0.99 * len(pixels)))).values.item())
 
 # %% ../nbs/09_plots.ipynb #04ca236b
 def plot_focus(

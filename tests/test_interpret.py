@@ -19,7 +19,7 @@ from torchvision.models import resnet18
 
 from sgdrop.attribution import attribute
 from sgdrop.interpret import (
-    AttributionInterpretation, _class_names, _common_scale, total_variation)
+    AttributionInterpretation, _class_names, total_variation)
 from sgdrop.metrics import effective_area
 from sgdrop.split import eval_mode, split_model
 
@@ -201,5 +201,5 @@ def test_total_variation_is_the_distance_between_distributions():
 
 def test_the_scale_leaves_out_one_pixel_in_a_hundred():
     shares = torch.arange(1000.).view(10, 1, 10, 10) / 1000
-    assert _common_scale(shares) == pytest.approx(98.9)
-    assert _common_scale(torch.full((1, 1, 10, 10), 0.01)) == 2.
+    assert common_scale(shares) == pytest.approx(98.9)
+    assert common_scale(torch.full((1, 1, 10, 10), 0.01)) == 2.

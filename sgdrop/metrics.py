@@ -216,7 +216,7 @@ def _perturbation_curve(model, x, A, target, steps, before, after):
             curve.append((logits.float().softmax(1) * classes).sum(1))
     return torch.stack(curve, 1)
 
-# %% ../nbs/08_metrics.ipynb #c1462d5a
+# %% ../nbs/08_metrics.ipynb #789a065d
 def deletion_curve(
     model: nn.Module,  # a network for images
     x: Tensor,  # images, B×3×H×W
@@ -229,7 +229,7 @@ def deletion_curve(
     gone = torch.zeros_like(x) + fill
     return _perturbation_curve(model, x, A, target, steps, before=x, after=gone)
 
-# %% ../nbs/08_metrics.ipynb #9d8675c7
+# %% ../nbs/08_metrics.ipynb #26fd0fff
 def insertion_curve(
     model: nn.Module,  # a network for images
     x: Tensor,  # images, B×3×H×W
@@ -242,21 +242,21 @@ def insertion_curve(
     canvas = _blurred(x) if canvas is None else canvas
     return _perturbation_curve(model, x, A, target, steps, before=canvas, after=x)
 
-# %% ../nbs/08_metrics.ipynb #9a32c815
+# %% ../nbs/08_metrics.ipynb #e03ca217
 def curve_auc(
     curve: Tensor,  # values at equal steps, B×(steps + 1)
 ) -> Tensor:  # B values, the mean height of each curve
     "Return the area under a curve whose axis runs from 0 to 1"
     return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1), dim=1)
 
-# %% ../nbs/08_metrics.ipynb #55ee58a5
+# %% ../nbs/08_metrics.ipynb #c2d3922a
 def _shuffled_positions(A, generator):
     "Put the attribution of each position somewhere else, B×1×H×W"
     rows = A.sum(1).flatten(1)
     order = torch.rand(rows.shape, generator=generator).argsort(1).to(rows.device)
     return rows.gather(1, order).view(len(A), 1, *A.shape[2:])
 
-# %% ../nbs/08_metrics.ipynb #135fcb5d
+# %% ../nbs/08_metrics.ipynb #f7ec795e
 def is_correct(
     logits: Tensor,  # B×K
     y: Tensor,  # labels: class numbers, B, or label weights, B×K
@@ -264,7 +264,7 @@ def is_correct(
     "Return which images are classified correctly"
     return class_mask(y, logits).gather(1, logits.argmax(1, keepdim=True))[:, 0]
 
-# %% ../nbs/08_metrics.ipynb #66706f04
+# %% ../nbs/08_metrics.ipynb #015bfa5c
 def _correct_under(model, x, y, A, shares, fill):
     "Return which images stay correct with each share of their pixels covered"
     ranks, right = _pixel_ranks(A, x.shape[2:]), []
@@ -275,7 +275,7 @@ def _correct_under(model, x, y, A, shares, fill):
             right.append(is_correct(logits, y))
     return torch.stack(right, 1).float()
 
-# %% ../nbs/08_metrics.ipynb #9efc104b
+# %% ../nbs/08_metrics.ipynb #d0e464fa
 def occlusion_accuracy(
     model: nn.Module,  # a network for images
     batches: Iterable[tuple],  # images and labels, such as a `DataLoader`

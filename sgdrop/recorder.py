@@ -65,13 +65,13 @@ def after_train(self: FocusRecorder): self.trained = not hasattr(self, 'lr_finde
 @patch
 def after_fit(self: FocusRecorder): self.samples = None
 
-# %% ../nbs/10_recorder.ipynb #f62be4df
+# %% ../nbs/10_recorder.ipynb #c6e270ba
 def without_augmentation(
     items: object,  # a training set
 ) -> object:  # the same images
     "Return a set with the transforms of validation instead of training"
     if isinstance(items, TfmdLists): return items._new(items.items, split_idx=1)
-    if not isinstance(items, Datasets): return items  # has one list of transforms
+    if not isinstance(items, Datasets): return items  # not fastai's: no such split
     lists = [tl._new(tl.items, split_idx=1) for tl in items.tls]
     return Datasets(tls=lists, n_inp=items.n_inp)
 

@@ -171,7 +171,7 @@ def children(pid):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks into /proc')
 def test_an_interrupt_ends_every_process_and_writes_nothing(tmp_path):
-    command = [sys.executable, '-m', 'sgdrop.experiments.main', 'demo', '--epochs', '500',
+    command = [str(Path(sys.executable).parent / 'sgdrop'), 'demo', '--epochs', '500',
                '--seeds', '2', '--jobs', '2', '--out', str(tmp_path)]
     def heed_interrupts(): signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,

@@ -14,6 +14,7 @@ from torch import nn
 
 from attributions import made
 from networks import build, hooked, images, small_network
+from sgdrop.attribution import grad_x_act
 from sgdrop.metrics import (
     _blurred, _covered_layers, _pixel_ranks, _shuffled_positions, attributed,
     attribution_ratio, curve_auc, deletion_curve, effective_area, gini,
@@ -172,6 +173,12 @@ def test_a_region_is_compared_at_the_size_of_the_image(A, size, share, seed):
         assert iou.item() == pytest.approx(overlap, nan_ok=True)
 
 
+def touchy_net(height, width):
+    "Untrained, and yet its prediction changes when a part of the image is covered"
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(4 * height * width, 3))
+
+
 def slow_curve(net, before, after, A, c, steps):
     "One image at a time, one pixel at a time, in float64"
     net, curves = copy.deepcopy(net).double().eval(), []
@@ -189,10 +196,11 @@ def slow_curve(net, before, after, A, c, steps):
 
 @pytest.mark.parametrize('size, steps', [((5, 6), 5), ((8, 4), 16)])
 def test_curves_equal_a_slow_derivation(size, steps):
-    net, x, A = tiny_net(), torch.randn(4, 3, *size), torch.rand(4, 2, 3, 3)
-    canvas, c = torch.randn(4, 3, *size), torch.tensor([0, 1, 2, 0])
+    net, x, A = touchy_net(*size), torch.randn(9, 3, *size), torch.rand(9, 2, 3, 3)
+    canvas, c = torch.randn(9, 3, *size), torch.arange(9) % 3
     colour, zeros = canvas.mean((0, 2, 3), keepdim=True), torch.zeros_like(x)
-    best, ones = net(x).argmax(1), torch.ones(4).long()
+    best, ones = net(x).argmax(1), torch.ones(9).long()
+    assert not net(_blurred(x)).argmax(1).equal(best)
     pairs = [
         (deletion_curve(net, x, A, c, steps), (x, zeros, A, c)),
         (deletion_curve(net, x, A, c, steps, 0.7), (x, zeros + 0.7, A, c)),
@@ -223,12 +231,6 @@ def test_the_area_under_a_curve_is_that_of_scipy(rows):
 
 
 # Occlusion
-
-def touchy_net(height, width):
-    "Untrained, and yet its prediction changes when a part of the image is covered"
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(4 * height * width, 3))
-
 
 def batches_of(x, y, bs): return list(zip(x.split(bs), y.split(bs)))
 
@@ -525,6 +527,23 @@ def test_a_measure_leaves_no_trace(use, layer, resnet):
     fails = pytest.raises((Failure, RuntimeError))
     with untouched(net), fails if 'fails' in use.__name__ else nullcontext():
         use(net, layer, x, y)
+
+
+class Functional(nn.Module):
+    "Traced, it has another graph in training"
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+    def forward(self, x):
+        means = self.conv(x).relu().mean((2, 3))
+        return self.fc(nn.functional.dropout(means, 0.5, self.training))
+
+
+def test_a_function_as_method_sees_the_head_in_evaluation_mode():
+    net, x = Functional().train(), images(4, 8)
+    def method(head, z, classes): return grad_x_act(head(z), z, classes)
+    ours, theirs = (model_attribution(net, x, method=m) for m in (method, 'grad_x_act'))
+    assert_same([ours], [theirs], 1e-5, 1e-7)
 
 
 def test_a_function_as_method_needs_a_cut(resnet):

@@ -139,6 +139,7 @@ def test_a_forest_has_an_interval_per_method_the_highest_on_top():
     ends = [line.get_xdata().tolist() for line in lines]
     theirs = (100 * rows[['low', 'mean', 'high']]).to_numpy().tolist()
     assert ends == [pytest.approx(row, nan_ok=True) for row in theirs]
+    assert all(line.get_marker() == 'o' for line in lines)  # at the mean
     colours = [line.get_color() for line in lines]
     assert colours == ['C0', 'C1', 'C0', 'C0'] and set(zero.get_xdata()) == {0}
     assert forest_plot(rows, 1, ax=ax) is ax

@@ -20,7 +20,7 @@ from .split import (
 
 # %% auto #0
 __all__ = ['attribution_ratio', 'effective_area', 'gini', 'pixel_shares', 'relevance_mass', 'pointing_game', 'region_iou',
-           'attributed', 'model_attribution', 'even_indices', 'spread_over', 'neuron_coverage', 'deletion_curve',
+           'attributed', 'model_attribution', 'even_indices', 'in_order', 'neuron_coverage', 'deletion_curve',
            'insertion_curve', 'curve_auc', 'is_correct', 'occlusion_accuracy', 'calibration_error']
 
 # %% ../nbs/08_metrics.ipynb #40d373ec
@@ -149,14 +149,16 @@ def even_indices(
     "Return indices that are spread evenly over a set"
     return torch.linspace(0, of - 1, min(n, of)).long()
 
-def spread_over(
-    dl: Iterable,  # a fastai loader of validation images
-    n: int,  # how many images; all if there are no more
-) -> tuple[Tensor, Tensor]:  # images, n×3×H×W, and their indices in the set
-    "Return images that are spread evenly over a set"
-    chosen = even_indices(len(dl.dataset), n)
-    x = dl.new(get_idxs=chosen.tolist, bs=n).one_batch()[0]
-    return x.as_subclass(Tensor), chosen
+def in_order(
+    dls: object,  # fastai's training and validation images
+    part: str = 'valid',  # 'train', with its augmentation, or 'valid'
+    n: int | None = None,  # how many images, spread evenly over the set; None for all
+) -> Iterable:  # a loader
+    "Return a loader of images in a fixed order"
+    items = getattr(dls, part).dataset
+    chosen = even_indices(len(items), n or len(items))
+    return dls.valid.new(items, get_idxs=chosen.tolist, n=len(chosen), shuffle=False,
+                         drop_last=False, num_workers=0)
 
 # %% ../nbs/08_metrics.ipynb #8e250275
 def _scaled_activations(out):
@@ -296,7 +298,7 @@ def occlusion_accuracy(
     index = pd.Index(shares, name='share covered')
     return pd.DataFrame(dict(zip(('salient', 'random'), means)), index)
 
-# %% ../nbs/08_metrics.ipynb #a9082b40
+# %% ../nbs/08_metrics.ipynb #e64ca7b0
 def calibration_error(
     probabilities: Tensor,  # B×K
     y: Tensor,  # class numbers, B

@@ -104,7 +104,7 @@ def test_kept_maps_are_of_the_images_that_are_named(tiny_images, tiny_sets):
 def test_a_run_of_the_benchmark(tiny_images):
     settings = dict(dataset='flowers17', share=0.2, arch='resnet', part='tuning',
                     split_seed=0, seed=0, epochs=1, recipe=dict(sgdrop={}))
-    row = stored(benchmark.run_benchmark(settings))
+    row = stored(benchmark._run(settings))
     assert 0 <= row['accuracy'] <= 1 and 'step_ratio' not in row
 
 

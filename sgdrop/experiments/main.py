@@ -17,7 +17,7 @@ def experiments() -> dict:  # name → `Experiment`
     found = [*tutorials.EXPERIMENTS, overhead.OVERHEAD, *benchmark.EXPERIMENTS]
     return {experiment.name: experiment for experiment in found}
 
-# %% ../../nbs/experiments/06_main.ipynb #0fde9b32
+# %% ../../nbs/experiments/06_main.ipynb #61710a45
 def _demo(args):
     "Train three networks, and write the results"
     from sgdrop.experiments.demo import demo_table, plot_demo, run_demo, save_demo
@@ -30,7 +30,8 @@ def _demo(args):
 
 def _list(args):
     "Describe the experiments"
-    return '\n'.join(f'{e.name:<14}{e.time} on one core' for e in experiments().values())
+    found = experiments().values()
+    return '\n'.join(f'{e.name:<14}{e.time} on one core' for e in found)
 
 # %% ../../nbs/experiments/06_main.ipynb #91a1c1ad
 def _run(args):

@@ -66,7 +66,7 @@ def run_all(
             for worker in active_children(): worker.terminate()
             raise
 
-# %% ../../nbs/experiments/01_runner.ipynb #9f6d12fa
+# %% ../../nbs/experiments/01_runner.ipynb #396924a5
 # where the committed tables are
 TABLES = Path(str(resources.files('sgdrop.experiments'))) / 'results'
 
@@ -90,9 +90,8 @@ def rows(
 ) -> pd.DataFrame:  # a row per run
     "Read a table, or raise an error that says how to make it"
     if found := read_rows(Path(folder) / f'{name}.jsonl'): return pd.DataFrame(found)
-    there = ', '.join(sorted(path.stem for path in Path(folder).glob('*.jsonl')))
-    raise FileNotFoundError(f'there is no table {name!r} in {folder}; there are '
-                            f'{there or "none"}. To make one: sgdrop run NAME')
+    raise FileNotFoundError(
+        f'there is no table {name!r} in {folder}. To make it: sgdrop run {name}')
 
 # %% ../../nbs/experiments/01_runner.ipynb #bd653d03
 def _line(settings, results):

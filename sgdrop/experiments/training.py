@@ -35,7 +35,7 @@ __all__ = ['SMALL_NETWORKS', 'METHODS', 'RECIPES', 'PHOTOGRAPHS', 'small_resnet'
            'AverageWeights', 'new_learner', 'SkipValidation', 'BFloat16', 'fit', 'warned', 'in_memory', 'take_turns',
            'ratios', 'training_step']
 
-# %% ../../nbs/experiments/00_training.ipynb #9d32c5eb
+# %% ../../nbs/experiments/00_training.ipynb #4c76ce68
 def small_resnet(
     *stages: tuple[int, int],  # (channels, stride) of each residual block
     n_out: int = 10,  # number of classes
@@ -44,8 +44,8 @@ def small_resnet(
     widths = [16, *[width for width, _ in stages]]
     blocks = [ResBlock(1, n_in, width, stride=stride)
               for n_in, (width, stride) in zip(widths, stages)]
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], n_out)
-    return nn.Sequential(ConvLayer(3, 16, stride=2), *blocks, *head)
+    return nn.Sequential(ConvLayer(3, 16, stride=2), *blocks, nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(widths[-1], n_out))
 
 # %% ../../nbs/experiments/00_training.ipynb #655b1720
 def _resnet(n_out):

@@ -44,7 +44,7 @@ def _clone_without_hooks(network):
              for hook in getattr(m, f'_{kind}').values()]
     return deepcopy(network, {id(h): _nothing for h in hooks if _watches(h, network)})
 
-# %% ../nbs/03_teacher.ipynb #8189ff1b
+# %% ../nbs/03_teacher.ipynb #f374a263
 class EMATeacher(nn.Module):
     "A copy of a network whose weights are a moving average of the network's"
     def __init__(self,
@@ -60,10 +60,8 @@ class EMATeacher(nn.Module):
     def forward(self, *xb: Tensor) -> object: return self.module(*map(_to_float, xb))
 
     @torch.no_grad()
-    def update(self,
-        student: nn.Module,  # the network to follow, after an optimizer step
-    ) -> None:
-        "Move towards the student: average its parameters, copy its buffers"
+    def update(self, student: nn.Module) -> None:
+        "Follow the student after an optimizer step: average parameters, copy buffers"
         decay = _warm_decay(self.decay, self.n_updates) if self.warmup else self.decay
         ours = list(self.module.parameters())
         theirs = [p.to(our) for our, p in zip(ours, student.parameters(), strict=True)]

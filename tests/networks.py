@@ -16,7 +16,7 @@ from torchvision import models as tv
 
 from sgdrop.callback import SGDropCallback
 from sgdrop.split import unwrapped
-from sgdrop.teacher import clone_without_hooks
+from sgdrop.teacher import _clone_without_hooks
 
 
 class Network(NamedTuple):
@@ -146,4 +146,4 @@ def masked_images(cb: Callback) -> int:
 def bare_loss(learn: Learner) -> float:
     "What a learner's network, by itself and in evaluation mode, makes of the validation images"
     *xb, y = map(torch.stack, zip(*learn.dls.valid_ds))
-    with torch.no_grad(): return learn.loss_func(clone_without_hooks(unwrapped(learn.model)).eval()(*xb), y).item()
+    with torch.no_grad(): return learn.loss_func(_clone_without_hooks(unwrapped(learn.model)).eval()(*xb), y).item()

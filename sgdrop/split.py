@@ -142,19 +142,19 @@ def find_layer(
         'transformers are not supported. To split there all the same, name the layer.')
     return layer
 
-# %% ../nbs/02_split.ipynb #a8aa2bb8
+# %% ../nbs/02_split.ipynb #ff905c7c
 def layer_name(
     model: nn.Module,  # a network
     layer: str | nn.Module,  # one of its layers, by name or itself
 ) -> str:  # its name in `model.named_modules()`
     "Return the name of a layer, or raise a `ValueError` with the nearest names"
-    names = {m: name for name, m in model.named_modules() if name}
-    if layer in names.values(): return layer
-    if layer in names: return names[layer]
-    kind, names = type(model).__name__, list(names.values())
+    names = {name: m for name, m in model.named_modules() if name}
+    found = [name for name, m in names.items() if layer is m or layer == name]
+    if found: return found[0]
+    kind = type(model).__name__
     if isinstance(layer, nn.Module): raise ValueError(
         f'the layer {type(layer).__name__} is not a part of {kind}')
-    near = difflib.get_close_matches(str(layer), names, n=4, cutoff=0.3) or names[:4]
+    near = difflib.get_close_matches(str(layer), names, 4, 0.3) or list(names)[:4]
     raise ValueError(f'{kind} has no layer {layer!r}; the nearest names are '
                      f'{", ".join(map(repr, near))}')
 
@@ -248,14 +248,10 @@ def _cut_graph(graph, layer):
     head.output(after[_main_node(output.args[0])])  # a KeyError where there is no cut
     return body, head
 
-# %% ../nbs/02_split.ipynb #365a3fb6
+# %% ../nbs/02_split.ipynb #8697941e
 class TracedHalf(nn.Module):
     "One half of a traced network, with a graph for each mode"
-    def __init__(self,
-        model: nn.Module,  # the network that was traced
-        train_graph: fx.Graph,  # used in training mode
-        eval_graph: fx.Graph,  # used in evaluation mode
-    ):
+    def __init__(self, model: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph):
         super().__init__()
         self.in_training = fx.GraphModule(model, train_graph)
         self.in_evaluation = fx.GraphModule(model, eval_graph)

@@ -23,7 +23,7 @@ def main_output(
         out = next(iter(out.values())) if isinstance(out, dict) else out[0]
     return out
 
-# %% ../nbs/00_attribution.ipynb #28f1d08d
+# %% ../nbs/00_attribution.ipynb #5026ad56
 def class_logits(
     out: Tensor | tuple | list | dict,  # a network's output
 ) -> Tensor:  # B×K with K ≥ 2
@@ -33,18 +33,16 @@ def class_logits(
     if len(shape) == 2 and shape[1] > 1: return logits
     raise ValueError(
         'expected class scores of shape B×K with K ≥ 2, but the network returned '
-        f'{shape or type(logits).__name__}. Segmentation and regression have no score '
+        f'{shape or type(logits).__name__}: segmentation and regression have no score '
         'per image and class; for a yes/no task give the network two classes.')
 
-# %% ../nbs/00_attribution.ipynb #d84e42d7
-def _check_values(t, high):
+# %% ../nbs/00_attribution.ipynb #c6b319f7
+def _check_values(t, high, kind, expected):
     "Raise a `ValueError` if a target has values below 0 or above `high`"
     wrong = t[~((t >= 0) & (t <= high))].tolist()
-    if wrong: raise ValueError(
-        f'target holds {wrong[0]:.4g}, expected values from 0 to {high}: numbers of '
-        'classes, or weights of labels from 0 to 1. Are these regression targets?')
+    if wrong: raise ValueError(f'target holds {kind} {round(wrong[0], 4)}; {expected}')
 
-# %% ../nbs/00_attribution.ipynb #80846cee
+# %% ../nbs/00_attribution.ipynb #0ffd3719
 def class_mask(
     # 'predicted'; a class number; B class numbers; or B×K label weights
     target: str | int | Tensor,
@@ -58,18 +56,19 @@ def class_mask(
     if isinstance(target, (int, Tensor)):
         t = torch.as_tensor(target, device=logits.device).as_subclass(Tensor)
         if t.shape == logits.shape:
-            if check: _check_values(t, 1)
+            if check: _check_values(t, 1, 'label weight', 'label weights are from 0 to '
+                                    '1; are these regression targets?')
             return (t > 0) & ((t == t.amax(1, keepdim=True)) | (t > 0.5))
         whole = not t.is_floating_point() and t.dtype != torch.bool
         if whole and t.shape in (torch.Size(()), logits.shape[:1]):
-            if check: _check_values(t, k - 1)
+            scored = f'the network scores classes 0 to {k - 1}'
+            if check: _check_values(t, k - 1, 'class', scored)
             table = t.view(-1, 1) == torch.arange(k, device=t.device)
             return table.expand(logits.shape)
-    found = f'{target!r:.80}'
-    if isinstance(target, Tensor): found = f'{t.dtype} of shape {tuple(t.shape)}'
+    if isinstance(target, Tensor): target = f'a {t.dtype} tensor of {tuple(t.shape)}'
     raise ValueError(
         f"target must be 'predicted', a class number, {len(logits)} class numbers, or "
-        f'label weights of shape {tuple(logits.shape)}; got {found}.')
+        f'label weights of shape {tuple(logits.shape)}; got {target!r:.80}.')
 
 # %% ../nbs/00_attribution.ipynb #99ebc3a8
 def grad_x_act(

@@ -29,7 +29,8 @@ def shielded(model, layer):
 
 @pytest.mark.parametrize('name, layer', [
     ('fastai vision_learner', None), ('fastai xresnet18', '6'),
-    ('resnet18', 'layer3.0'), ('vgg11_bn', None), ('densenet121', None), ('convnext_tiny', 'features.5.4')])
+    ('resnet18', 'layer3.0'), ('vgg11_bn', None), ('densenet121', None),
+    ('convnext_tiny', 'features.5.4')])
 def test_attribution_equals_captum_on_the_whole_network(name, layer):
     model, x, labels = build(name).eval(), images(3, 64), torch.tensor([1, 0, 7])
     body, head = split_model(model, layer, x)
@@ -120,7 +121,8 @@ def test_predicted_class_is_predicted_from_the_map():
 def test_attribution_in_training_mode_has_no_side_effects(name, layer, method):
     model, x = build(name).train(), images(4, 64)
     body, head = split_model(model, layer, x)
-    next(m for m in head.modules() if isinstance(m, nn.BatchNorm2d)).eval()  # frozen
+    norms = nn.BatchNorm1d, nn.BatchNorm2d
+    next(m for m in head.modules() if isinstance(m, norms)).eval()  # a frozen layer
     for p in list(head.parameters())[::2]: p.grad = torch.ones_like(p)
     z = body(x).detach()
     values, rng = deepcopy(model.state_dict()), torch.get_rng_state()
@@ -170,16 +172,17 @@ def test_gradients_can_be_off_outside(outside):
 
 
 @pytest.mark.parametrize('target, message', [
-    (10, 'target holds 10, expected values from 0 to 2'),
-    (7 * torch.ones(2, 3), 'Are these regression targets'), ('labels', "got 'labels'"),
-    (torch.zeros(5).long(), r'got torch.int64 of shape \(5,\)'), (True, 'got True')])
+    (10, 'target holds class 10; the network scores classes 0 to 2'),
+    (7 * torch.ones(2, 3), 'are these regression targets'), ('labels', "got 'labels'"),
+    (torch.zeros(5).long(), r'got .a torch.int64 tensor of \(5,\)'),
+    (True, 'got True')])
 def test_target_that_is_no_class_is_refused(target, message):
     with pytest.raises(ValueError, match=message):
         attribute(linear_head(), torch.rand(2, 3, 4, 4), target)
 
 
 @pytest.mark.parametrize('head, message', [
-    (nn.Conv2d(3, 10, 1), r'\(2, 10, 4, 4\). Segmentation'),
+    (nn.Conv2d(3, 10, 1), r'\(2, 10, 4, 4\): segmentation'),
     (linear_head(1), r'\(2, 1\).*regression')])
 def test_head_without_logits_is_refused(head, message):
     with pytest.raises(ValueError, match=message):

@@ -232,7 +232,7 @@ def _main_node(out):
     named = isinstance(out, fx.Node) and hasattr(out.target, '_fields')
     return _main_node(out.args) if named else out
 
-# %% ../nbs/02_split.ipynb #1f1359be
+# %% ../nbs/02_split.ipynb #844877c2
 def _cut_graph(graph, layer):
     "Return the graphs of body and head, or raise an error where there is no cut"
     cut = [n for n in graph.nodes if n.op == 'call_module' and n.target == layer][-1]
@@ -241,8 +241,7 @@ def _cut_graph(graph, layer):
     *nodes, output = graph.nodes
     for n in nodes:
         if cut not in before: before[n] = body.node_copy(n, before.__getitem__)
-        if n is cut or n.op == 'placeholder': continue
-        if all(needed in after for needed in n.all_input_nodes):
+        if n.op != 'placeholder' and all(m in after for m in n.all_input_nodes):
             after[n] = head.node_copy(n, after.__getitem__)
     body.output(before[cut])
     head.output(after[_main_node(output.args[0])])  # a KeyError where there is no cut

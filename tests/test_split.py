@@ -62,13 +62,20 @@ def test_network_is_cut(name):
     if network.inner: check_inner_layer(model, network.inner, x)
 
 
-class AlwaysDrops(nn.Module):
-    def forward(self, x): return nn.functional.dropout(x, 0.5, training=True)
-
-
 def head_of(*modules, n=8):
     pool = nn.AdaptiveAvgPool2d(1)
     return nn.Sequential(*modules, pool, nn.Flatten(), nn.Linear(n, 4))
+
+
+def test_layer_that_runs_twice_is_cut_behind_its_last_run():
+    layer, x = nn.Conv2d(3, 3, 3, padding=1), images(2, 8)
+    net = head_of(layer, layer, n=3)
+    body, head = split_model(net, '0', x)
+    assert body(x).equal(layer(layer(x))) and head(body(x)).equal(net(x))
+
+
+class AlwaysDrops(nn.Module):
+    def forward(self, x): return nn.functional.dropout(x, 0.5, training=True)
 
 
 def test_dropout_in_evaluation_mode_does_not_prevent_a_cut():

@@ -247,10 +247,14 @@ def _cut_graph(graph, layer):
     head.output(after[_main_node(output.args[0])])  # a KeyError where there is no cut
     return body, head
 
-# %% ../nbs/02_split.ipynb #8697941e
+# %% ../nbs/02_split.ipynb #365a3fb6
 class TracedHalf(nn.Module):
     "One half of a traced network, with a graph for each mode"
-    def __init__(self, model: nn.Module, train_graph: fx.Graph, eval_graph: fx.Graph):
+    def __init__(self,
+        model: nn.Module,  # the network that was traced
+        train_graph: fx.Graph,  # used in training mode
+        eval_graph: fx.Graph,  # used in evaluation mode
+    ):
         super().__init__()
         self.in_training = fx.GraphModule(model, train_graph)
         self.in_evaluation = fx.GraphModule(model, eval_graph)

@@ -74,7 +74,7 @@ def output_shapes(
     with _hooked(*hooks), eval_mode(model): model(*xb)
     return shapes
 
-# %% ../nbs/02_split.ipynb #725d0b27
+# %% ../nbs/02_split.ipynb #4356b27a
 # parts of the names of module types
 _PASSES_ON = 'pool dropout identity pad flatten droppath stochasticdepth'.split()
 
@@ -85,6 +85,7 @@ def _maps_among(shapes, model):
             if len(s) == 4 and s[2] * s[3] > 1
             and not any(part in kinds[name] for part in _PASSES_ON)}
 
+# %% ../nbs/02_split.ipynb #4d7c72c2
 def feature_maps(
     model: nn.Module,  # a network for images
     *xb: Tensor,  # its input, a batch; noise if not given
@@ -92,7 +93,7 @@ def feature_maps(
     "Return the layers that put out a feature map of more than one position"
     return _maps_among(output_shapes(model, *(xb or _example_input(model))), model)
 
-# %% ../nbs/02_split.ipynb #dd50ac8a
+# %% ../nbs/02_split.ipynb #f6abee88
 def _inside_a_block(layer, maps, modules):
     "Return whether a module around `layer` makes no map, and is no plain container"
     plain = nn.Sequential.forward, nn.Module.forward  # the second is a list's
@@ -101,7 +102,7 @@ def _inside_a_block(layer, maps, modules):
     return any(name not in maps and type(modules[name]).forward not in plain
                for name in around)
 
-# %% ../nbs/02_split.ipynb #05c23358
+# %% ../nbs/02_split.ipynb #cf7de411
 def _affects_logits(model, layer, xb):
     "Return whether the logits depend on a layer; True where gradients cannot tell"
     leaves = []
@@ -119,7 +120,7 @@ def _affects_logits(model, layer, xb):
         except RuntimeError: return True  # of reentrant checkpoints
     return grad is not None
 
-# %% ../nbs/02_split.ipynb #232f221e
+# %% ../nbs/02_split.ipynb #333735e3
 def find_layer(
     model: nn.Module,  # a network for images
     *xb: Tensor,  # its input, a batch; noise if not given
@@ -142,7 +143,7 @@ def find_layer(
         'transformers are not supported. To split there all the same, name the layer.')
     return layer
 
-# %% ../nbs/02_split.ipynb #ff905c7c
+# %% ../nbs/02_split.ipynb #75a83b81
 def layer_name(
     model: nn.Module,  # a network
     layer: str | nn.Module,  # one of its layers, by name or itself
@@ -158,7 +159,7 @@ def layer_name(
     raise ValueError(f'{kind} has no layer {layer!r}; the nearest names are '
                      f'{", ".join(map(repr, near))}')
 
-# %% ../nbs/02_split.ipynb #ddcd3f86
+# %% ../nbs/02_split.ipynb #88e7aeda
 def resolve_layer(
     model: nn.Module,  # a network for images
     layer: str | nn.Module | None,  # by name or itself; None for the last feature map
@@ -179,13 +180,14 @@ def resolve_layer(
     raise ValueError(f'the layer {name!r} puts out {found}; SGDrop needs a feature map '
                      f'B×C×H×W.{hint}')
 
-# %% ../nbs/02_split.ipynb #e4f558d7
+# %% ../nbs/02_split.ipynb #18289e74
 def _last_part(model, name):
     "Return the layer whose output a plain `nn.Sequential` puts out"
     while type(model.get_submodule(name)).forward is nn.Sequential.forward:
         name = f'{name}.{list(model.get_submodule(name)._modules)[-1]}'
     return name
 
+# %% ../nbs/02_split.ipynb #570876ed
 def resolve_layers(
     model: nn.Module,  # a network for images
     # a layer by name or itself, or several in a list; None for the last feature map
@@ -205,7 +207,7 @@ def resolve_layers(
             f'the layers {a!r} and {b!r} overlap; name layers that follow one another')
     return sorted(names, key=list(output_shapes(model, *xb)).index)
 
-# %% ../nbs/02_split.ipynb #a44d35ca
+# %% ../nbs/02_split.ipynb #dadb2ea0
 def _cut_sequential(model, layer):
     "Cut nested `nn.Sequential`s behind a layer; return None where that is impossible"
     if type(model).forward is not nn.Sequential.forward: return None
@@ -218,21 +220,21 @@ def _cut_sequential(model, layer):
     if any(m is model.get_submodule(layer) for m in head.modules()): return None
     return nn.Sequential(*children[:i], halves[0]), head
 
-# %% ../nbs/02_split.ipynb #d6a742d8
+# %% ../nbs/02_split.ipynb #c2ef104b
 def _trace(model, layer, training):
     "Return the graph of a network in one mode; only modules around `layer` are traced"
     tracer = fx.Tracer()
     tracer.is_leaf_module = lambda module, name: not layer.startswith(f'{name}.')
     with eval_mode(model): return tracer.trace(model.train(training))
 
-# %% ../nbs/02_split.ipynb #b55f928b
+# %% ../nbs/02_split.ipynb #f2a77cc7
 def _main_node(out):
     "Return the node of the main output in what a traced network returns"
     out = main_output(out)
     named = isinstance(out, fx.Node) and hasattr(out.target, '_fields')
     return _main_node(out.args) if named else out
 
-# %% ../nbs/02_split.ipynb #844877c2
+# %% ../nbs/02_split.ipynb #654df9e4
 def _cut_graph(graph, layer):
     "Return the graphs of body and head, or raise an error where there is no cut"
     cut = [n for n in graph.nodes if n.op == 'call_module' and n.target == layer][-1]
@@ -247,7 +249,7 @@ def _cut_graph(graph, layer):
     head.output(after[_main_node(output.args[0])])  # a KeyError where there is no cut
     return body, head
 
-# %% ../nbs/02_split.ipynb #365a3fb6
+# %% ../nbs/02_split.ipynb #d80911c7
 class TracedHalf(nn.Module):
     "One half of a traced network, with a graph for each mode"
     def __init__(self,
@@ -263,7 +265,7 @@ class TracedHalf(nn.Module):
     def forward(self, *xb: Tensor) -> object:
         return (self.in_training if self.training else self.in_evaluation)(*xb)
 
-# %% ../nbs/02_split.ipynb #f371bece
+# %% ../nbs/02_split.ipynb #7f1001ed
 def _cut_traced(model, layer):
     "Cut a network behind a layer by a trace; return None where that is impossible"
     try: cuts = [_cut_graph(_trace(model, layer, training), layer)
@@ -271,7 +273,7 @@ def _cut_traced(model, layer):
     except Exception: return None  # the user's code may raise anything on placeholders
     return tuple(TracedHalf(model, *graphs) for graphs in zip(*cuts))
 
-# %% ../nbs/02_split.ipynb #857f4c48
+# %% ../nbs/02_split.ipynb #a838f99e
 def is_exact(
     model: nn.Module,  # the network f
     body: nn.Module,  # φ
@@ -286,7 +288,7 @@ def is_exact(
         try: return torch.equal(run(lambda *xb: head(body(*xb))), theirs)
         except Exception: return False  # a part may need more than one tensor
 
-# %% ../nbs/02_split.ipynb #602e6a1e
+# %% ../nbs/02_split.ipynb #6d9f695c
 def split_model(
     model: nn.Module,  # a network for images
     # where to cut: a layer by name or itself; None for the last feature map
@@ -303,7 +305,7 @@ def split_model(
         f'{type(model).__name__} cannot be cut behind {layer!r}: what follows needs '
         'more than this feature map. Name a layer that all information passes through.')
 
-# %% ../nbs/02_split.ipynb #2f7f05fe
+# %% ../nbs/02_split.ipynb #442d57ef
 @contextmanager
 def tapped(
     model: nn.Module,  # the network that will run
@@ -318,7 +320,7 @@ def tapped(
     hooks = [partial(note, outs) for outs in runs]
     with _hooked(*zip(map(model.get_submodule, layers), hooks)): yield runs
 
-# %% ../nbs/02_split.ipynb #d7de05de
+# %% ../nbs/02_split.ipynb #bd3b7d4a
 @contextmanager
 def edited(
     model: nn.Module,  # the network that will run

@@ -437,8 +437,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sgdrop.teacher.HeadTeacher.heads': ('teacher.html#headteacher.heads', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher.HeadTeacher.look': ('teacher.html#headteacher.look', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher._clone_without_hooks': ('teacher.html#_clone_without_hooks', 'sgdrop/teacher.py'),
+                                'sgdrop.teacher._fast_dtype': ('teacher.html#_fast_dtype', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher._nothing': ('teacher.html#_nothing', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher._to_float': ('teacher.html#_to_float', 'sgdrop/teacher.py'),
                                 'sgdrop.teacher._warm_decay': ('teacher.html#_warm_decay', 'sgdrop/teacher.py'),
-                                'sgdrop.teacher._watches': ('teacher.html#_watches', 'sgdrop/teacher.py'),
-                                'sgdrop.teacher.fast_dtype': ('teacher.html#fast_dtype', 'sgdrop/teacher.py')}}}
+                                'sgdrop.teacher._watches': ('teacher.html#_watches', 'sgdrop/teacher.py')}}}

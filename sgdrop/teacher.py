@@ -16,7 +16,7 @@ from .mask import check_fraction
 from .split import split_model, tapped
 
 # %% auto #0
-__all__ = ['EMATeacher', 'HeadTeacher', 'fast_dtype', 'FullTeacher']
+__all__ = ['EMATeacher', 'HeadTeacher', 'FullTeacher']
 
 # %% ../nbs/03_teacher.ipynb #8ffc42ff
 def _warm_decay(decay, step):
@@ -83,10 +83,8 @@ class HeadTeacher(EMATeacher):
         zs = [_to_float(z.detach()).requires_grad_() for z in maps]
         return [class_logits(head(z.clone())) for head, z in zip(self.module, zs)], zs
 
-# %% ../nbs/03_teacher.ipynb #7fb59848
-def fast_dtype(
-    device: torch.device | str,  # where a network runs
-) -> torch.dtype:  # bfloat16 or float32
+# %% ../nbs/03_teacher.ipynb #95228f32
+def _fast_dtype(device):
     "Return bfloat16 where the hardware has instructions for it, else float32"
     kind = torch.device(device).type
     if kind == 'cuda': fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -95,14 +93,14 @@ def fast_dtype(
         fast = has.get('avx512_bf16') or has.get('amx_bf16')
     return torch.bfloat16 if fast else torch.float32
 
-# %% ../nbs/03_teacher.ipynb #0cc8e1ed
+# %% ../nbs/03_teacher.ipynb #857f57c2
 class FullTeacher(EMATeacher):
     "A teacher that copies the whole network, and uses feature maps of its own"
     def __init__(self,
         student: nn.Module,  # the network to copy and follow
         layers: list[str],  # names of the layers that put out the feature maps
         decay: float = 0.99,  # see `EMATeacher`
-        dtype: torch.dtype | None = None,  # of the forward pass; None for `fast_dtype`
+        dtype: torch.dtype | None = None,  # of the forward pass; None for the fastest
     ):
         super().__init__(student, decay)
         self.layers, self.dtype = layers, dtype
@@ -114,7 +112,7 @@ class FullTeacher(EMATeacher):
 
     def look(self, xb: list[Tensor], maps: list[Tensor]) -> tuple[list, list]:
         "Return the teacher's logits, and the feature maps that they are computed from"
-        dtype, autocast = self.dtype or fast_dtype(xb[0].device), nullcontext()
+        dtype, autocast = self.dtype or _fast_dtype(xb[0].device), nullcontext()
         if dtype != torch.float32:
             autocast = torch.autocast(xb[0].device.type, dtype)
             xb = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

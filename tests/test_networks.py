@@ -121,7 +121,7 @@ def slow_training(net, batches, rho, teacher, target, ema, granularity, lr):
     ('full', 'predicted', 'spatial'), ('full', 'label', 'channel')])
 def test_training_equals_a_slow_derivation(
         teacher, target, granularity, make_learner, monkeypatch):
-    monkeypatch.setattr('sgdrop.teacher.fast_dtype', lambda device: torch.float32)
+    monkeypatch.setattr('sgdrop.teacher._fast_dtype', lambda device: torch.float32)
     settings = dict(rho=0.3, teacher=teacher, target=target, ema=0.8,
                     granularity=granularity)
     batches, learn = Batches(), make_learner(net(), n=48)

@@ -23,7 +23,8 @@ def half(tmp_path_factory):
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     "The network after a training without interruption"
-    return fit(learner(tmp_path_factory.mktemp('whole')), SGDropCallback(**SETTINGS)).model
+    folder = tmp_path_factory.mktemp('whole')
+    return fit(learner(folder), SGDropCallback(**SETTINGS)).model
 
 
 def test_a_new_process_resumes(half, whole):

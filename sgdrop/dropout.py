@@ -202,7 +202,6 @@ class SGDrop:
         self.rng = torch.Generator(device).manual_seed(torch.initial_seed())
         self.first_step, self.monitor = True, MaskMonitor()
         self.observers = [self.monitor]
-        torch.clear_autocast_cache()  # of weights that were cast without gradients
 
     def __call__(self, *xb: Tensor, y: Tensor | None = None) -> tuple[object, object]:
         "Return the network's output under the mask, and without it"

@@ -353,7 +353,7 @@ def test_a_wrong_setting_is_refused(make, settings, said):
     (fully_convolutional, {}, Y, ValueError, r'B×K .* returned .*\(8, 4, 6, 6\)'),
     (regression, {}, Y, ValueError, r'B×K .*\(8, 1\).*regression'),
     (net, dict(target='label'), None, ValueError, 'cannot use these labels.*got None'),
-    (net, dict(target='label'), Y + 1, ValueError, 'class 4; .* classes 0 to 3'),
+    (net, dict(target='label'), Y + 1, ValueError, 'cannot use .* 4.* 0 to 3'),
     (net, dict(target='label'), torch.randn(8, 4), ValueError, 'regression targets'),
     (net, dict(granularity='channel', attribution='gradcam'), Y, ValueError,
      "needs an attribution with channels.*use 'spatial'"),

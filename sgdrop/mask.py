@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['SUMMED_OVER', 'FILLS', 'check_fraction', 'n_dropped', 'group_attribution', 'saliency_mask', 'SaliencyWarning',
-           'kept_attribution', 'zero_fill', 'mean_fill', 'kept_mean_fill', 'fill_function']
+           'kept_attribution', 'fill_function']
 
 # %% ../nbs/01_mask.ipynb #f2570e79
 def check_fraction(
@@ -83,10 +83,7 @@ def kept_attribution(
     return (A * M).flatten(1).sum(1) / A.flatten(1).sum(1)
 
 # %% ../nbs/01_mask.ipynb #47291c0e
-def zero_fill(
-    z: Tensor,  # feature map, B×C×H×W
-    M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
-) -> Tensor:  # of the shape of `z`
+def _zero_fill(z, M):
     "Put zeros into the holes: z ⊙ M, as in the paper"
     return z * M.to(z.dtype)
 
@@ -96,10 +93,7 @@ def _put(value, z, M):
     keep = M.to(z.dtype)
     return torch.addcmul(z * keep, 1 - keep, value)
 
-def mean_fill(
-    z: Tensor,  # feature map, B×C×H×W
-    M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
-) -> Tensor:  # of the shape of `z`
+def _mean_fill(z, M):
     "Put the channel's mean over the image into the holes"
     return _put(z.mean((2, 3), keepdim=True), z, M)
 
@@ -108,10 +102,7 @@ def _swap_fill(z, M):
     return _put(z.roll(1, 0), z, M)
 
 # %% ../nbs/01_mask.ipynb #a4288565
-def kept_mean_fill(
-    z: Tensor,  # feature map, B×C×H×W
-    M: Tensor,  # mask, True = keep, broadcastable to the shape of `z`
-) -> Tensor:  # of the shape of `z`
+def _kept_mean_fill(z, M):
     "Put the mean of what the channel keeps into the holes; zero where it keeps nothing"
     keep = M.to(z.dtype)
     kept = z * keep
@@ -122,7 +113,7 @@ def kept_mean_fill(
 # %% ../nbs/01_mask.ipynb #014b11f6
 def _rescale_fill(z, M):
     "Put zeros into the holes, and scale the rest up to the former mean of |z|"
-    kept = zero_fill(z, M)
+    kept = _zero_fill(z, M)
     before, after = (t.abs().mean((1, 2, 3), keepdim=True) for t in (z, kept))
     left = after > 0
     safe = torch.where(left, after, 1)  # the gradient of a division by zero is NaN
@@ -130,7 +121,7 @@ def _rescale_fill(z, M):
 
 # %% ../nbs/01_mask.ipynb #e81de720
 # name → function of (z, M)
-FILLS = dict(zero=zero_fill, mean=mean_fill, kept_mean=kept_mean_fill, swap=_swap_fill,
+FILLS = dict(zero=_zero_fill, mean=_mean_fill, kept_mean=_kept_mean_fill, swap=_swap_fill,
              rescale=_rescale_fill)
 
 def fill_function(

@@ -17,7 +17,7 @@ from .attribution import main_output, no_side_effects
 
 # %% auto #0
 __all__ = ['eval_mode', 'unwrapped', 'output_shapes', 'feature_maps', 'find_layer', 'layer_name', 'resolve_layer',
-           'resolve_layers', 'TracedHalf', 'is_exact', 'split_model', 'tapped', 'edited']
+           'resolve_layers', 'split_model', 'tapped', 'edited']
 
 # %% ../nbs/02_split.ipynb #a9767823
 @contextmanager
@@ -250,13 +250,9 @@ def _cut_graph(graph, layer):
     return body, head
 
 # %% ../nbs/02_split.ipynb #d80911c7
-class TracedHalf(nn.Module):
+class _TracedHalf(nn.Module):
     "One half of a traced network, with a graph for each mode"
-    def __init__(self,
-        model: nn.Module,  # the network that was traced
-        train_graph: fx.Graph,  # used in training mode
-        eval_graph: fx.Graph,  # used in evaluation mode
-    ):
+    def __init__(self, model, train_graph, eval_graph):
         super().__init__()
         self.in_training = fx.GraphModule(model, train_graph)
         self.in_evaluation = fx.GraphModule(model, eval_graph)
@@ -271,15 +267,10 @@ def _cut_traced(model, layer):
     try: cuts = [_cut_graph(_trace(model, layer, training), layer)
                  for training in (True, False)]
     except Exception: return None  # the user's code may raise anything on placeholders
-    return tuple(TracedHalf(model, *graphs) for graphs in zip(*cuts))
+    return tuple(_TracedHalf(model, *graphs) for graphs in zip(*cuts))
 
 # %% ../nbs/02_split.ipynb #a838f99e
-def is_exact(
-    model: nn.Module,  # the network f
-    body: nn.Module,  # φ
-    head: nn.Module,  # ψ
-    *xb: Tensor,  # input of `model`, a batch
-) -> bool:
+def _is_exact(model, body, head, *xb):
     "Return whether ψ(φ(x)) equals f(x) to the bit, in evaluation mode"
     def run(f):
         with no_side_effects(model, xb[0].device): return main_output(f(*xb))
@@ -300,7 +291,7 @@ def split_model(
     layer = resolve_layer(model, layer, *xb)
     for cut in (_cut_sequential, _cut_traced):
         halves = cut(model, layer)
-        if halves and is_exact(model, *halves, *xb): return halves
+        if halves and _is_exact(model, *halves, *xb): return halves
     raise ValueError(
         f'{type(model).__name__} cannot be cut behind {layer!r}: what follows needs '
         'more than this feature map. Name a layer that all information passes through.')

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from networks import (Autocast, bare_loss, conv, hooked, images, masked_images,
                       same_weights, spies)
 from sgdrop.callback import SGDropCallback
-from sgdrop.mask import SaliencyWarning, zero_fill
+from sgdrop.mask import FILLS, SaliencyWarning
 from sgdrop.monitor import STATS, NoEffectWarning
 from sgdrop.split import unwrapped
 
@@ -213,7 +213,7 @@ def test_an_image_that_is_not_finite_has_no_hole(
     holes, net = [], small_net()
     def note(z, M):
         holes.append((~M).flatten(1).any(1).tolist())
-        return zero_fill(z, M)
+        return FILLS['zero'](z, M)
     n_batches = 1 if spoiled else 2  # spoiled weights spoil all that follows
     if spoiled: net = spoiled(net, value)
     cb = SGDropCallback(rho=0.3, fill=note, **settings)

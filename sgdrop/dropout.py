@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attribution import (GRAPH_METHODS, attribute, attribution_function,
-                                class_mask, class_logits, no_side_effects)
+                                class_logits, class_mask, no_side_effects)
 from .mask import (SUMMED_OVER, SaliencyWarning, check_fraction, fill_function,
                          group_attribution, saliency_mask)
 from .monitor import MaskMonitor, Step
@@ -21,9 +21,7 @@ from .split import edited, resolve_layers, split_model, tapped, unwrapped
 from .teacher import FullTeacher, HeadTeacher
 
 # %% auto #0
-__all__ = ['RENAMED', 'check_settings', 'replace_logits', 'has_reentrant_checkpoint', 'check_runs', 'find_heads', 'plain_tensors',
-           'read_labels', 'check_state', 'explain', 'rerun', 'blended_loss', 'is_compiled', 'SGDrop', 'in_window',
-           'rho_at', 'check_schedule']
+__all__ = ['RENAMED', 'check_settings', 'plain_tensors', 'check_state', 'explain', 'SGDrop', 'rho_at', 'check_schedule']
 
 # %% ../nbs/05_dropout.ipynb #2a1675d9
 RENAMED = dict(share='p', unmasked='clean_weight')  # name in version 0.1 → name now
@@ -49,22 +47,17 @@ def check_settings(
     attribution_function(s['attribution']), fill_function(s['fill'])
 
 # %% ../nbs/05_dropout.ipynb #0957ca57
-def replace_logits(
-    out: Tensor | tuple | list | dict,  # logits, or what has them as its first entry
-    logits: Tensor,  # to be put in the place of the main logits, B×K
-) -> Tensor | tuple | list | dict:
-    "Return a network's output with other main logits"
+def _replace_logits(out, logits):
+    "Return a network's output, or its first entry, with other logits"
     if isinstance(out, Tensor): return logits
     if isinstance(out, dict):
         key = next(iter(out))
-        return type(out)({**out, key: replace_logits(out[key], logits)})
-    parts = [replace_logits(out[0], logits), *out[1:]]
+        return type(out)({**out, key: _replace_logits(out[key], logits)})
+    parts = [_replace_logits(out[0], logits), *out[1:]]
     return type(out)(*parts) if hasattr(out, '_fields') else type(out)(parts)
 
 # %% ../nbs/05_dropout.ipynb #2e0fa998
-def has_reentrant_checkpoint(
-    logits: Tensor,  # with their graph
-) -> bool:
+def _has_reentrant_checkpoint(logits):
     "Return whether a checkpoint with `use_reentrant=True` is in the graph of `logits`"
     todo, seen = [logits.grad_fn], {None}
     while todo:
@@ -75,12 +68,7 @@ def has_reentrant_checkpoint(
     return False
 
 # %% ../nbs/05_dropout.ipynb #369744a3
-def check_runs(
-    runs: list[list[Tensor]],  # for each layer, the outputs of its runs: see `tapped`
-    layers: list[str],  # their names
-    logits: Tensor,  # of the same pass, B×K
-    thorough: bool = True,  # look for checkpoints, too? That walks the whole graph
-) -> None:
+def _check_runs(runs, layers, logits, thorough=True):
     "Raise a `RuntimeError` for a layer whose output cannot be masked"
     n = len(logits)
     for name, zs in zip(layers, runs):
@@ -93,19 +81,14 @@ def check_runs(
         if len(zs[-1]) != n: raise RuntimeError(
             f'the layer {name!r} put out {len(zs[-1])} feature maps for {n} images; on '
             'several GPUs use DistributedDataParallel, not DataParallel')
-        hidden = thorough and zs[-1].is_leaf and has_reentrant_checkpoint(logits)
+        hidden = thorough and zs[-1].is_leaf and _has_reentrant_checkpoint(logits)
         if hidden: raise RuntimeError(
             f'the layer {name!r} runs within a reentrant gradient checkpoint, so the '
             'layers before it would not be trained; use use_reentrant=False')
 
 # %% ../nbs/05_dropout.ipynb #17b631ea
-def find_heads(
-    network: nn.Module,  # to be cut
-    layers: list[str],  # names of the layers to cut behind, in order
-    needed: bool,  # all of them? Else the first is enough, or none
-    *xb: Tensor,  # input of `network`, a batch
-) -> list[nn.Module]:  # from feature map to logits; empty where there is no cut
-    "Return the parts of a network that follow its layers"
+def _find_heads(network, layers, needed, *xb):
+    "Cut behind all layers if `needed`, else behind the first; return the heads, if any"
     layers = layers if needed else layers[:1]
     try: heads = [split_model(network, name, *xb)[1] for name in layers]
     except ValueError as e:
@@ -129,13 +112,7 @@ def plain_tensors(
             '(for several inputs in fastai, set `n_inp` of the DataLoaders)')
     return [x.as_subclass(Tensor) for x in xb]
 
-def read_labels(
-    y: object,  # labels in any form that `class_mask` reads; None if unknown
-    logits: Tensor,  # B×K
-    needed: bool,  # raise an error if they cannot be read? Else warn
-    check: bool,  # look at their values?
-    warn: Callable = warnings.warn,  # called with a warning
-) -> Tensor | None:  # bool, B×K; None if unknown
+def _read_labels(y, logits, needed, check, warn=warnings.warn):
     "Return the labels of a batch as a boolean table"
     if y is None and not needed: return None
     try: return class_mask(y, logits, check)
@@ -170,14 +147,7 @@ def explain(
     return attribute(head, z.to(weight.dtype), classes, method)
 
 # %% ../nbs/05_dropout.ipynb #ddcf11a9
-def rerun(
-    network: nn.Module,  # the whole of it
-    heads: list[nn.Module],  # of `find_heads`
-    layers: list[str],  # names of the masked layers, in order
-    xb: list[Tensor],  # input of the network, a batch
-    runs: list[list[Tensor]],  # of `tapped`
-    fills: list[Callable],  # for each layer, from its feature map to the filled map
-) -> Tensor:  # logits, B×K, with their graph
+def _rerun(network, heads, layers, xb, runs, fills):
     "Return the logits of filled feature maps"
     z = fills[0](runs[0][-1])
     again, inputs = (heads[0], [z]) if heads else (network, xb)
@@ -187,24 +157,8 @@ def rerun(
         for edit in edits: stack.enter_context(edited(network, *edit))
         return class_logits(again(*inputs))
 
-# %% ../nbs/05_dropout.ipynb #5da6e4e8
-def blended_loss(
-    loss_func: Callable,  # of an output and targets
-    masked: object,  # the network's output under the mask
-    clean: object,  # its output without the mask
-    y: tuple,  # targets
-    clean_weight: float,  # weight of the loss without the mask, in [0, 1)
-) -> Tensor:
-    "Return the weighted mean of the losses of two outputs"
-    if masked is clean: return loss_func(clean, *y)
-    loss = loss_func(masked, *y)
-    if clean_weight == 0: return loss
-    return torch.lerp(loss, loss_func(clean, *y), clean_weight)
-
 # %% ../nbs/05_dropout.ipynb #3a19dc56
-def is_compiled(
-    model: nn.Module,  # a network
-) -> bool:
+def _is_compiled(model):
     "Return whether the network, or a part of it, has been through `torch.compile`"
     return any(type(m).__name__ == 'OptimizedModule' for m in model.modules())
 
@@ -238,7 +192,7 @@ class SGDrop:
         self.layers = resolve_layers(self.network, layer, *example)
         functional = not isinstance(attribution, str)
         needs_heads = functional or teacher == 'head'
-        self.heads = find_heads(self.network, self.layers, needs_heads, *example)
+        self.heads = _find_heads(self.network, self.layers, needs_heads, *example)
         self.student = nn.ModuleList(self.heads) if teacher == 'head' else self.network
         self.teacher, self.explained = None, self.heads
         if teacher == 'head': self.teacher = HeadTeacher(self.student, ema)
@@ -260,14 +214,14 @@ class SGDrop:
 
     def tap(self) -> AbstractContextManager[list]:
         "Note the feature maps of a pass"
-        if self.first_step and is_compiled(self.model): torch.compiler.reset()
+        if self.first_step and _is_compiled(self.model): torch.compiler.reset()
         return tapped(self.network, *self.layers)
 
     def mask(self, out: object, runs: list, xb: tuple, y: object = None) -> object:
         "Return the output of a tapped pass with the logits under the mask in it"
         clean, by_label = class_logits(out).as_subclass(Tensor), self.target == 'label'
-        check_runs(runs, self.layers, clean, self.first_step)
-        labels = read_labels(y, clean, by_label, self.first_step, self.monitor.warn)
+        _check_runs(runs, self.layers, clean, self.first_step)
+        labels = _read_labels(y, clean, by_label, self.first_step, self.monitor.warn)
         xb, maps = plain_tensors(xb), [zs[-1] for zs in runs]
         logits, zs = [clean] * len(maps), maps
         if self.teacher: logits, zs = self.teacher.look(xb, maps)
@@ -279,17 +233,20 @@ class SGDrop:
         spared = (~finite | (chance >= self.p)).view(-1, 1, 1, 1)
         Ms = [saliency_mask(A, self.rho) | spared for A in As]
         fills = [lambda z, M=M: self.fill(z, M) for M in Ms]
-        masked = rerun(self.network, self.heads, self.layers, xb, runs, fills)
+        masked = _rerun(self.network, self.heads, self.layers, xb, runs, fills)
         masked = masked.to(clean.dtype)
         step = Step(maps, As, Ms, clean.detach(), masked.detach(), labels, finite)
         for observe in self.observers: observe(step)
         self.first_step = False
-        return replace_logits(out, masked)
+        return _replace_logits(out, masked)
 
     def loss(self, loss_func: Callable, masked: object, clean: object,
              *y: Tensor) -> Tensor:
         "Return the mean of both losses, weighted by `clean_weight`"
-        return blended_loss(loss_func, masked, clean, y, self.clean_weight)
+        if masked is clean: return loss_func(clean, *y)
+        loss = loss_func(masked, *y)
+        if self.clean_weight == 0: return loss
+        return torch.lerp(loss, loss_func(clean, *y), self.clean_weight)
 
     def step(self) -> None:
         "Let the teacher follow, after a step of the optimizer"
@@ -300,38 +257,29 @@ class SGDrop:
         return dict(teacher=self.teacher.state_dict() if self.teacher else None,
                     rng=self.rng.get_state(), totals=self.monitor.totals)
 
-    def load_state_dict(self,
-        state: dict,  # of `state_dict`, with the same settings
-    ) -> None:
-        "Go on where another training stopped"
+    def load_state_dict(self, state: dict) -> None:
+        "Resume where a training with the same settings stopped"
         check_state(state, self.teacher is not None)
         if self.teacher: self.teacher.load_state_dict(state['teacher'])
         self.rng.set_state(state['rng'])
         self.monitor.totals = self.monitor.diagnosed = state['totals']
 
 # %% ../nbs/05_dropout.ipynb #f44245f0
-def in_window(
-    pct_train: float,  # progress of the training, from 0 to 1
-    start: float = 0.,  # progress at which masking starts
-    end: float = 1.,  # progress at which it ends
-) -> bool:
-    "Return whether SGDrop acts at this point of the training"
-    return start <= pct_train + 1e-6 < end  # fastai's sum of steps may fall just short
-
 def rho_at(
     pct_train: float,  # progress of the training, from 0 to 1
     rho: float | Callable[[float], float],  # share to drop, or a schedule of it
-    start: float = 0.,  # see `in_window`
-    end: float = math.inf,  # see `in_window`
-) -> float:  # in [0, 1); 0 outside the window
+    start: float = 0.,  # progress at which masking starts
+    end: float = math.inf,  # progress at which it ends
+) -> float:  # in [0, 1); 0 before `start` and from `end` on
     "Return the share to drop at this point of the training"
-    if not in_window(pct_train, start, end): return 0.
+    # fastai's sum of steps may fall just short of `start`
+    if not start <= pct_train + 1e-6 < end: return 0.
     return check_fraction('rho', rho(pct_train) if callable(rho) else rho)
 
 def check_schedule(
     rho: float | Callable[[float], float],  # see `rho_at`
-    start: float,  # see `in_window`
-    end: float,  # see `in_window`
+    start: float,  # see `rho_at`
+    end: float,  # see `rho_at`
 ) -> None:
     "Raise a `ValueError` for a window or a schedule that means nothing"
     for name, value in dict(start=start, end=end).items():

@@ -1,4 +1,5 @@
-"The second half of a training, in a process of its own: `half_a_training.py FOLDER`; imported, either half or the whole of it."
+"""The second half of a training, in a process of its own: `half_a_training.py FOLDER`.
+Imported, it has functions for either half and for the whole."""
 import sys
 import warnings
 from pathlib import Path
@@ -25,8 +26,9 @@ class StopAfter(Callback):
 
 def learner(folder):
     items = list(zip(images(32, 8), torch.arange(32) % 4))
-    loaders = DataLoaders(TfmdDL(items, bs=8, num_workers=0), TfmdDL(items[:8], bs=8, num_workers=0), device='cpu')
-    return Learner(loaders, network(), loss_func=CrossEntropyLossFlat(), path=folder)
+    loaders = (TfmdDL(part, bs=8, num_workers=0) for part in (items, items[:8]))
+    dls = DataLoaders(*loaders, device='cpu')
+    return Learner(dls, network(), loss_func=CrossEntropyLossFlat(), path=folder)
 
 
 def fit(learn, cb, *others, **kwargs):
@@ -42,11 +44,15 @@ def first_half(folder):
     torch.save(cb.state_dict(), folder / 'sgdrop.pth')
 
 
-def second_half(folder):
+def second_half(folder, *others, **changes):
+    "Resume from the files in `folder`, with `changes` to the state of SGDrop"
     learn, cb = learner(folder), SGDropCallback(**SETTINGS)
     learn.load('half')
-    cb.load_state_dict(torch.load(folder / 'sgdrop.pth', weights_only=True))
-    return fit(learn, cb, start_epoch=2)
+    state = torch.load(folder / 'sgdrop.pth', weights_only=True)
+    cb.load_state_dict(state | changes)
+    return fit(learn, cb, *others, start_epoch=2)
 
 
-if __name__ == '__main__': torch.save(second_half(Path(sys.argv[1])).model.state_dict(), Path(sys.argv[1]) / 'end.pth')
+if __name__ == '__main__':
+    folder = Path(sys.argv[1])
+    torch.save(second_half(folder).model.state_dict(), folder / 'end.pth')

@@ -21,6 +21,7 @@ from sgdrop.attribution import attribute
 from sgdrop.interpret import (
     AttributionInterpretation, _class_names, total_variation)
 from sgdrop.metrics import effective_area
+from sgdrop.plots import common_scale
 from sgdrop.split import eval_mode, split_model
 
 matplotlib.use('agg')

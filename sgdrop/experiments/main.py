@@ -17,13 +17,12 @@ def experiments() -> dict:  # name → `Experiment`
     found = [*tutorials.EXPERIMENTS, overhead.OVERHEAD, *benchmark.EXPERIMENTS]
     return {experiment.name: experiment for experiment in found}
 
-# %% ../../nbs/experiments/06_main.ipynb #61710a45
+# %% ../../nbs/experiments/06_main.ipynb #146c256f
 def _demo(args):
     "Train three networks, and write the results"
     from sgdrop.experiments.demo import demo_table, plot_demo, run_demo, save_demo
     args.out.mkdir(parents=True, exist_ok=True)
-    show_bar = sys.stdout.isatty()
-    records, pictures = run_demo(args.seeds, args.epochs, args.jobs, show_bar)
+    records, pictures = run_demo(args.seeds, args.epochs, args.jobs)
     save_demo(args.out, records, plot_demo(records, pictures))
     return (f'{demo_table(records).to_string()}\nmean ± standard deviation over '
             f'{args.seeds} seeds; {args.out}/demo.json, {args.out}/demo.png')

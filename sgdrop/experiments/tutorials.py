@@ -77,7 +77,7 @@ def _kept_maps(recorders, learn):
 _OVERFOCUSING = [dict(method=method, seed=seed, epochs=60)
                  for seed in range(2) for method in ('plain', 'sgdrop')]
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #24481b4b
+# %% ../../nbs/experiments/03_tutorials.ipynb #9ba45d88
 def _focus_measures(model, dls, n=250):
     "Measure attribution, coverage, occlusion and curves of one network"
     few, more = list(in_order(dls, n=n)), list(in_order(dls, n=2 * n))
@@ -86,8 +86,8 @@ def _focus_measures(model, dls, n=250):
            for f in (attribution_ratio, effective_area, gini)}
     for t in (0.5, 0.75, 0.9):
         row[f'coverage_{t}'] = neuron_coverage(model, few, threshold=t)['all']
-    occluded = occlusion_accuracy(model, more).reset_index().round(4).to_dict('list')
-    row['occluded'], batches = occluded, list(attributed(few, model))
+    occluded = occlusion_accuracy(model, more).reset_index().round(4)
+    row['occluded'], batches = occluded.to_dict('list'), list(attributed(few, model))
     for kind, f in dict(deletion=deletion_curve, insertion=insertion_curve).items():
         curve = torch.cat([f(model, x, A) for (x,), _, _, A in batches])
         row[f'{kind}_curve'] = [round(v, 4) for v in curve.mean(0).tolist()]

@@ -21,7 +21,7 @@ from .split import edited, resolve_layers, split_model, tapped, unwrapped
 from .teacher import FullTeacher, HeadTeacher
 
 # %% auto #0
-__all__ = ['RENAMED', 'check_settings', 'plain_tensors', 'check_state', 'explain', 'SGDrop', 'rho_at', 'check_schedule']
+__all__ = ['RENAMED', 'check_settings', 'check_state', 'explain', 'SGDrop', 'rho_at', 'check_schedule']
 
 # %% ../nbs/05_dropout.ipynb #2a1675d9
 RENAMED = dict(share='p', unmasked='clean_weight')  # name in version 0.1 → name now
@@ -102,7 +102,7 @@ def _find_heads(network, layers, needed, *xb):
     return heads
 
 # %% ../nbs/05_dropout.ipynb #be26bce8
-def plain_tensors(
+def _plain_tensors(
     xb: tuple,  # inputs of a network
 ) -> list[Tensor]:  # the same, without subclasses such as fastai's
     "Return inputs as plain tensors, or raise a `TypeError` that names what is none"
@@ -188,7 +188,7 @@ class SGDrop:
         self.clean_weight = clean_weight
         self.target, self.attribution, self.p = target, attribution, p
         self.granularity, self.fill = granularity, fill_function(fill)
-        example = [x[:2] for x in plain_tensors(example)]
+        example = [x[:2] for x in _plain_tensors(example)]
         self.layers = resolve_layers(self.network, layer, *example)
         functional = not isinstance(attribution, str)
         needs_heads = functional or teacher == 'head'
@@ -222,7 +222,7 @@ class SGDrop:
         clean, by_label = class_logits(out).as_subclass(Tensor), self.target == 'label'
         _check_runs(runs, self.layers, clean, self.first_step)
         labels = _read_labels(y, clean, by_label, self.first_step, self.monitor.warn)
-        xb, maps = plain_tensors(xb), [zs[-1] for zs in runs]
+        xb, maps = _plain_tensors(xb), [zs[-1] for zs in runs]
         logits, zs = [clean] * len(maps), maps
         if self.teacher: logits, zs = self.teacher.look(xb, maps)
         classes = [labels if by_label else class_mask('predicted', l) for l in logits]

@@ -121,8 +121,8 @@ def _rescale_fill(z, M):
 
 # %% ../nbs/01_mask.ipynb #e81de720
 # name → function of (z, M)
-FILLS = dict(zero=_zero_fill, mean=_mean_fill, kept_mean=_kept_mean_fill, swap=_swap_fill,
-             rescale=_rescale_fill)
+FILLS = dict(zero=_zero_fill, mean=_mean_fill, kept_mean=_kept_mean_fill,
+             swap=_swap_fill, rescale=_rescale_fill)
 
 def fill_function(
     fill: str | Callable,  # a name in `FILLS`, or a function of (z, M)

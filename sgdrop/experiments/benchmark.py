@@ -63,10 +63,12 @@ def _runs(methods, cells, seeds, part, n_splits=None):
                  epochs=EPOCHS[cell[1]])
             for seed in seeds for cell in cells for name, recipe in methods]
 
-# %% ../../nbs/experiments/05_benchmark.ipynb #1840fed6
-TENTH = [('imagenette', 0.1, 'resnet'), ('imagenette', 0.1, 'vgg')]  # cells of the search
+# %% ../../nbs/experiments/05_benchmark.ipynb #797655f6
+# cells of the search and the tuning
+TENTH = [('imagenette', 0.1, 'resnet'), ('imagenette', 0.1, 'vgg')]
+# settings of SGDrop that an idea changes
 SEARCH_BASE = dict(rho=0.3, granularity='spatial', p=1., teacher=None, fill='mean',
-                   clean_weight=0.)  # settings of SGDrop that an idea changes
+                   clean_weight=0.)
 # network → name of a depth → name of the layer there
 DEPTHS = dict(resnet=dict(input='0', stem='1.0', earlier='1.2', last=None),
               vgg=dict(input='0', stem='1.2', earlier='1.14', last=None))
@@ -153,8 +155,9 @@ def _benchmark_plan(folder):
     methods = {'plain': {}} | tuned | {'sgdrop as published': AS_PUBLISHED} | both
     return _runs(methods.items(), GRID, range(100, 105), 'test', n_splits=3)
 
-# %% ../../nbs/experiments/05_benchmark.ipynb #086d60bf
+# %% ../../nbs/experiments/05_benchmark.ipynb #0d99a364
 _SETS = 'imagenette', 'flowers17'
+# the experiments of this page
 EXPERIMENTS = [
     Experiment('search', _SEARCH, _run, '1.5 hours', _SETS),
     Experiment('tuning', _runs(_TRIES, TENTH, [50], 'tuning'), _run,

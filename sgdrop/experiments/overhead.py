@@ -51,7 +51,7 @@ def _step_times(net, size, batch=8, turns=5, device='cpu', variants=VARIANTS):
         opt = learn.opt
     return take_turns(steps, turns, device)
 
-# %% ../../nbs/experiments/04_overhead.ipynb #24d8f499
+# %% ../../nbs/experiments/04_overhead.ipynb #1c7cb515
 def _network(name):
     "Make a network of ten classes with random weights"
     if name == 'small_resnet': return small_resnet((32, 2), (64, 2), (128, 2))
@@ -78,6 +78,7 @@ def _run(settings):
     if device == 'cuda': hardware = torch.cuda.get_device_name()
     return dict(seconds=seconds.round(6).to_dict('list'), hardware=hardware)
 
+# the experiment of this page
 OVERHEAD = Experiment('overhead', _plan, _run, '15 minutes', value='hardware')
 
 def overhead_table() -> pd.DataFrame:  # a row per device, network, size and variant

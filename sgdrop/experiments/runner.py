@@ -30,7 +30,7 @@ def settings_key(
     "Return the same text for the same settings, in any order"
     return json.dumps(settings, sort_keys=True)
 
-# %% ../../nbs/experiments/01_runner.ipynb #0c0ada27
+# %% ../../nbs/experiments/01_runner.ipynb #52c0dac3
 @dataclass(frozen=True)
 class Experiment:
     "A plan of runs, and how to make one of them"
@@ -42,7 +42,7 @@ class Experiment:
     needs: tuple[str, ...] = ()  # image sets: see `sgdrop.data`
     value: str = 'accuracy'  # the result that tells whether a run came out again
 
-    def planned(self, folder):
+    def planned(self, folder: Path) -> list[dict]:
         return self.plan(folder) if callable(self.plan) else self.plan
 
 # %% ../../nbs/experiments/01_runner.ipynb #7454071f

@@ -180,7 +180,7 @@ def fit(
         learn.fit_one_cycle(epochs, lr, cbs=[SkipValidation(), *cbs])
     return learn
 
-# %% ../../nbs/experiments/00_training.ipynb #d7d1c451
+# %% ../../nbs/experiments/00_training.ipynb #0c846990
 def warned(
     cbs: list[Callback],  # of a fit
 ) -> list[str]:  # kinds of `SaliencyWarning`, sorted
@@ -188,9 +188,9 @@ def warned(
     engines = [cb.engine for cb in cbs if isinstance(cb, SGDropCallback) and cb.engine]
     return sorted(kind.__name__ for each in engines for kind in each.monitor.warned)
 
-# %% ../../nbs/experiments/00_training.ipynb #5b37a2cd
-# files that training and tuning draw from, their label, all classes, images per class
-# that `share` is a share of, tuning images per class, files of the test (None: the rest)
+# %% ../../nbs/experiments/00_training.ipynb #e8c44fbd
+# files that training and tuning draw from, their label, all classes, images per class,
+# tuning images per class, and files of the test; None for all that is left
 _Photographs = namedtuple('_Photographs', 'files label vocab per_class n_tuning test')
 
 def _files(name, part=''): return sorted(get_image_files(fetch_set(name) / part))
@@ -215,7 +215,7 @@ def _split_files(dataset, part, share, split_seed):
     train, shown = ([files[i] for i in sorted(some)] for some in (train, shown))
     return train, data.test() if data.test and part == 'test' else shown
 
-# %% ../../nbs/experiments/00_training.ipynb #c96ea363
+# %% ../../nbs/experiments/00_training.ipynb #75403afb
 @lru_cache(maxsize=6)
 def _pixels(files, size):
     "Return squares of `size` pixels, uint8, N×3×size×size"
@@ -250,7 +250,7 @@ def in_memory(
     dls.vocab = data.vocab
     return dls
 
-# %% ../../nbs/experiments/00_training.ipynb #4ffbee85
+# %% ../../nbs/experiments/00_training.ipynb #80fe62da
 def _seconds(step, device):
     "Time a call: processor time on a CPU, elapsed time on a GPU"
     clock = time.process_time if device == 'cpu' else time.perf_counter
@@ -280,7 +280,7 @@ def ratios(
     quartiles = seconds.div(seconds[to], axis=0).quantile([0.25, 0.5, 0.75]).T
     return quartiles.set_axis(['low', 'median', 'high'], axis=1)
 
-# %% ../../nbs/experiments/00_training.ipynb #1fb2d122
+# %% ../../nbs/experiments/00_training.ipynb #985e4fa1
 def training_step(
     learn: Learner,  # whose step
     *cbs: Callback,  # of the fit

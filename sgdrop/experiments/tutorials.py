@@ -235,8 +235,9 @@ def run_network(
     return row | dict(trained=not masked.equal(clean), layer=layer, way=way,
                       map=list(output_shapes(net, x)[layer][1:]))
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #6a8fe1ae
+# %% ../../nbs/experiments/03_tutorials.ipynb #b0199e0a
 _BOTH = 'imagenette', 'flowers17'
+# the experiments of this page
 EXPERIMENTS = [
     Experiment('overfocusing', _OVERFOCUSING, _run_overfocusing, '25 minutes',
                _BOTH[:1]),

@@ -63,7 +63,7 @@ def _runs(methods, cells, seeds, part, n_splits=None):
                  epochs=EPOCHS[cell[1]])
             for seed in seeds for cell in cells for name, recipe in methods]
 
-# %% ../../nbs/experiments/05_benchmark.ipynb #797655f6
+# %% ../../nbs/experiments/05_benchmark.ipynb #49d9daeb
 # cells of the search and the tuning
 TENTH = [('imagenette', 0.1, 'resnet'), ('imagenette', 0.1, 'vgg')]
 # settings of SGDrop that an idea changes
@@ -85,6 +85,8 @@ ABLATIONS: dict[str, dict] = {
     'one block earlier': dict(layer='earlier'), 'after the stem': dict(layer='stem'),
     'image': dict(layer='input'), 'two layers': dict(layer=['earlier', 'last']),
     'as published': dict(rho=0.1, granularity='element', teacher='full', fill='zero')}
+
+# %% ../../nbs/experiments/05_benchmark.ipynb #4dc155d9
 _TOGETHER = {
     **{name: ABLATIONS[name] for name in (
         'base', 'both losses', 'full teacher', 'starts late', 'mean of the kept')},
@@ -93,6 +95,7 @@ _TOGETHER = {
     'both, half, mean of the kept': dict(clean_weight=0.5, rho=0.5, fill='kept_mean'),
     'full, half': dict(teacher='full', rho=0.5)}
 
+# %% ../../nbs/experiments/05_benchmark.ipynb #0d510243
 def _idea(change, arch):
     "Return an idea as a recipe, its layers by name"
     names, layer = DEPTHS[arch], change.get('layer', 'last')
@@ -104,7 +107,7 @@ _SEARCH = [run for seed, ideas in enumerate([ABLATIONS, _TOGETHER]) for cell in 
                                                  for name, change in ideas.items())]
            for run in _runs([(name, recipe)], [cell], [seed], 'tuning')]
 
-# %% ../../nbs/experiments/05_benchmark.ipynb #17fff325
+# %% ../../nbs/experiments/05_benchmark.ipynb #f2b990e9
 # method → its tries, each a recipe
 SWEEP: dict[str, list[dict[str, dict]]] = dict(
     head_dropout=[dict(head_dropout=dict(p=p)) for p in (0.2, 0.5, 0.7)],
@@ -127,7 +130,7 @@ SWEEP: dict[str, list[dict[str, dict]]] = dict(
 
 _TRIES = [(method, recipe) for method, some in SWEEP.items() for recipe in some]
 
-# %% ../../nbs/experiments/05_benchmark.ipynb #431b2f91
+# %% ../../nbs/experiments/05_benchmark.ipynb #22afbb5e
 def chosen(
     table: pd.DataFrame,  # of the tuning
 ) -> dict[str, dict]:  # method → recipe
@@ -137,7 +140,7 @@ def chosen(
     best = means.loc[means.groupby('method', sort=False).accuracy.idxmax()]
     return {method: json.loads(key) for method, key in zip(best.method, best.key)}
 
-# %% ../../nbs/experiments/05_benchmark.ipynb #be8ef127
+# %% ../../nbs/experiments/05_benchmark.ipynb #c4a697fa
 # cells of the reported runs
 GRID = [('imagenette', 0.1, 'resnet'), ('flowers17', 0.5, 'resnet'),
         ('imagenette', 0.1, 'vgg'), ('imagenette', 0.1, 'convnext'),
@@ -155,7 +158,7 @@ def _benchmark_plan(folder):
     methods = {'plain': {}} | tuned | {'sgdrop as published': AS_PUBLISHED} | both
     return _runs(methods.items(), GRID, range(100, 105), 'test', n_splits=3)
 
-# %% ../../nbs/experiments/05_benchmark.ipynb #0d99a364
+# %% ../../nbs/experiments/05_benchmark.ipynb #2afbd2c6
 _SETS = 'imagenette', 'flowers17'
 # the experiments of this page
 EXPERIMENTS = [

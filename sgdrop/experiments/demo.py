@@ -24,14 +24,14 @@ from ..recorder import denormalize
 # %% auto #0
 __all__ = ['COLUMNS', 'run_demo', 'demo_table', 'plot_demo', 'save_demo']
 
-# %% ../../nbs/experiments/02_demo.ipynb #34983b66
+# %% ../../nbs/experiments/02_demo.ipynb #b76abcc3
 # name of a measure → its heading in the table
 COLUMNS = dict(acc_present='cue present', acc_absent='cue absent',
                acc_misleading='cue misleading', cue_share='attribution on cue',
                epoch_ratio='time per epoch')
 
 def _measure(learn):
-    "Return accuracy by cue, and the share of the attribution that lies on the cue"
+    "Return accuracy by cue, and the share of the attribution on the cue"
     tests = learn.dls.tests
     row = {f'acc_{cue}': learn.validate(dl=dl)[1] for cue, dl in tests.items()}
     A = torch.cat([A.cpu() for *_, A in attributed(tests['present'], learn.model)])

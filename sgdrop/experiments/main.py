@@ -55,7 +55,7 @@ def _data(args):
     if args.missing: return ' '.join(missing_sets())
     return '\n'.join(f'{name}: {fetch_set(name)}' for name in args.name or IMAGE_SETS)
 
-# %% ../../nbs/experiments/06_main.ipynb #27df661c
+# %% ../../nbs/experiments/06_main.ipynb #2c459276
 def _count(text):
     if text.isdecimal() and int(text) > 0: return int(text)
     raise argparse.ArgumentTypeError(f'expected a whole number from 1, got {text!r}')
@@ -87,6 +87,7 @@ def _parser():
     add('--missing', action='store_true', help='only name missing sets')
     return parser
 
+# %% ../../nbs/experiments/06_main.ipynb #b6b34671
 def _complain(args, what, status):
     sys.stderr.write(f'{args.prog}: {what}\n')
     return status

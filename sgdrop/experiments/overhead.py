@@ -51,7 +51,7 @@ def _step_times(net, size, batch=8, turns=5, device='cpu', variants=VARIANTS):
         opt = learn.opt
     return take_turns(steps, turns, device)
 
-# %% ../../nbs/experiments/04_overhead.ipynb #1c7cb515
+# %% ../../nbs/experiments/04_overhead.ipynb #318e6b70
 def _network(name):
     "Make a network of ten classes with random weights"
     if name == 'small_resnet': return small_resnet((32, 2), (64, 2), (128, 2))
@@ -69,6 +69,7 @@ def _plan(folder):
     plan = at(32, 64, 'cpu', small) + at(96, 8, 'cpu', large) + at(160, 8, 'cpu', large)
     return plan + at(96, 64, 'cuda', large) if torch.cuda.is_available() else plan
 
+# %% ../../nbs/experiments/04_overhead.ipynb #803147ed
 def _run(settings):
     "Time one network at one size"
     set_seed(0)

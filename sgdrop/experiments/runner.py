@@ -101,7 +101,7 @@ def _line(settings, results):
     row['key'] = settings_key(settings)
     return json.dumps(row, default=lambda array: array.tolist()).encode() + b'\n'
 
-# %% ../../nbs/experiments/01_runner.ipynb #ecf96547
+# %% ../../nbs/experiments/01_runner.ipynb #e641d5f5
 @contextmanager
 def _only_writer(path):
     "Lock a table, or raise an `OSError` if another process has locked it"
@@ -114,6 +114,7 @@ def _only_writer(path):
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
+# %% ../../nbs/experiments/01_runner.ipynb #cc0152a1
 def complete(
     experiment: Experiment,  # whose table to make
     folder: Path = TABLES,  # of the tables
@@ -137,7 +138,7 @@ def complete(
     found = {row['key']: row for row in read_rows(path)}
     return pd.DataFrame([found[key] for key in plan])
 
-# %% ../../nbs/experiments/01_runner.ipynb #fa480c5e
+# %% ../../nbs/experiments/01_runner.ipynb #1ad5e465
 def repeat(
     experiment: Experiment,  # with a finished table
     folder: Path = TABLES,  # of the tables

@@ -154,7 +154,7 @@ def new_learner(
     model = network(n_out=len(dls.vocab), **added)
     return Learner(dls, model, loss_func, metrics=accuracy, splitter=_head_apart), cbs
 
-# %% ../../nbs/experiments/00_training.ipynb #56a8e070
+# %% ../../nbs/experiments/00_training.ipynb #0067cc30
 class SkipValidation(Callback):
     "No validation during training"
     order = -10
@@ -169,6 +169,7 @@ class BFloat16(Callback):
     def after_pred(self): self.learn.pred = to_float(self.pred)
     def after_loss(self): self.autocast.__exit__(None, None, None)
 
+# %% ../../nbs/experiments/00_training.ipynb #0c8102c6
 def fit(
     learn: Learner,  # to be trained
     epochs: int,  # how many
@@ -180,7 +181,7 @@ def fit(
         learn.fit_one_cycle(epochs, lr, cbs=[SkipValidation(), *cbs])
     return learn
 
-# %% ../../nbs/experiments/00_training.ipynb #0c846990
+# %% ../../nbs/experiments/00_training.ipynb #d0e5476b
 def warned(
     cbs: list[Callback],  # of a fit
 ) -> list[str]:  # kinds of `SaliencyWarning`, sorted
@@ -188,7 +189,7 @@ def warned(
     engines = [cb.engine for cb in cbs if isinstance(cb, SGDropCallback) and cb.engine]
     return sorted(kind.__name__ for each in engines for kind in each.monitor.warned)
 
-# %% ../../nbs/experiments/00_training.ipynb #e8c44fbd
+# %% ../../nbs/experiments/00_training.ipynb #06decb69
 # files that training and tuning draw from, their label, all classes, images per class,
 # tuning images per class, and files of the test; None for all that is left
 _Photographs = namedtuple('_Photographs', 'files label vocab per_class n_tuning test')
@@ -215,7 +216,7 @@ def _split_files(dataset, part, share, split_seed):
     train, shown = ([files[i] for i in sorted(some)] for some in (train, shown))
     return train, data.test() if data.test and part == 'test' else shown
 
-# %% ../../nbs/experiments/00_training.ipynb #75403afb
+# %% ../../nbs/experiments/00_training.ipynb #390cab73
 @lru_cache(maxsize=6)
 def _pixels(files, size):
     "Return squares of `size` pixels, uint8, N×3×size×size"
@@ -234,6 +235,7 @@ def _loader(files, data, size, transforms, **kwargs):
     return TfmdDL(range(len(files)), create_batch=batch, after_batch=after_batch,
                   num_workers=0, device=default_device(), **kwargs)
 
+# %% ../../nbs/experiments/00_training.ipynb #65c1ace7
 def in_memory(
     dataset: str,  # 'imagenette' or 'flowers17'
     part: str = 'tuning',  # what to look at: 'tuning' or 'test'
@@ -250,7 +252,7 @@ def in_memory(
     dls.vocab = data.vocab
     return dls
 
-# %% ../../nbs/experiments/00_training.ipynb #80fe62da
+# %% ../../nbs/experiments/00_training.ipynb #4cc77cb7
 def _seconds(step, device):
     "Time a call: processor time on a CPU, elapsed time on a GPU"
     clock = time.process_time if device == 'cpu' else time.perf_counter
@@ -280,7 +282,7 @@ def ratios(
     quartiles = seconds.div(seconds[to], axis=0).quantile([0.25, 0.5, 0.75]).T
     return quartiles.set_axis(['low', 'median', 'high'], axis=1)
 
-# %% ../../nbs/experiments/00_training.ipynb #985e4fa1
+# %% ../../nbs/experiments/00_training.ipynb #1dd1ec01
 def training_step(
     learn: Learner,  # whose step
     *cbs: Callback,  # of the fit

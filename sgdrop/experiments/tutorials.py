@@ -42,7 +42,7 @@ def _scores(learn, **kwargs):
     with learn.no_bar(), learn.no_logging(): loss, right = learn.validate(**kwargs)
     return dict(accuracy=right, nll=loss)
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #5c3aeaf2
+# %% ../../nbs/experiments/03_tutorials.ipynb #08328605
 _EARLIER = '2'  # the layer one block before the last map
 
 def _focus_recorders():
@@ -64,6 +64,7 @@ def _run_overfocusing(settings):
     maps = _kept_maps(recorders, learn) if seed == 0 else {}
     return dict(**history, **_scores(learn), **maps)
 
+# %% ../../nbs/experiments/03_tutorials.ipynb #6be9952b
 def _kept_maps(recorders, learn):
     "Return which images were kept, and their attribution at four epochs"
     first, last = recorders[''], len(recorders[''].maps) - 1
@@ -78,7 +79,7 @@ def _kept_maps(recorders, learn):
 _OVERFOCUSING = [dict(method=method, seed=seed, epochs=60)
                  for seed in range(2) for method in ('plain', 'sgdrop')]
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #9ba45d88
+# %% ../../nbs/experiments/03_tutorials.ipynb #10353385
 def _focus_measures(model, dls, n=250):
     "Measure attribution, coverage, occlusion and curves of one network"
     few, more = list(in_order(dls, n=n)), list(in_order(dls, n=2 * n))
@@ -95,6 +96,7 @@ def _focus_measures(model, dls, n=250):
         row[f'{kind}_auc'] = curve_auc(curve).mean().item()
     return row
 
+# %% ../../nbs/experiments/03_tutorials.ipynb #51046c7e
 def _run_changes(settings):
     "Measure one training in every way at its end"
     names = 'dataset', 'seed', 'method'
@@ -108,7 +110,7 @@ _CHANGES = [dict(dataset=dataset, method=method, seed=seed, epochs=30)
             for seed in range(5) for dataset in ('imagenette', 'flowers17')
             for method in ('plain', 'sgdrop')]
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #ee4806da
+# %% ../../nbs/experiments/03_tutorials.ipynb #e9d4563c
 def mask_numbers(
     model: torch.nn.Module,  # trained
     batches: object,  # training images and labels
@@ -134,7 +136,7 @@ def mask_numbers(
     means = torch.cat(right, 1).float().mean(1).tolist()
     return dict(zip(('under_mask', 'clean', 'follows_wrong'), means))
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #c953f0bb
+# %% ../../nbs/experiments/03_tutorials.ipynb #1b5ccb1f
 # whose attribution the mask takes → settings of the callback
 _WHOSE_MASK = dict(label=dict(target='label', teacher=None),
                    predicted=dict(target='predicted', teacher='head'))
@@ -165,7 +167,7 @@ def _run_traps(settings):
     history = [{k: round(v, 4) for k, v in row.items()} for row in cb.history]
     return dict(**_scores(learn), **numbers, warned=warned([cb]), watch=history)
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #327f72f5
+# %% ../../nbs/experiments/03_tutorials.ipynb #bff30b1c
 def _run_transfer(settings):
     "Pretrain once and continue in both ways"
     first, seed, epochs = (settings[name] for name in ('pretraining', 'seed', 'epochs'))
@@ -191,7 +193,7 @@ def _run_transfer(settings):
 _TRANSFER = [dict(pretraining=first, seed=seed, epochs=15, n_per_class=200)
              for seed in range(3) for first in ('none', 'plain', 'sgdrop')]
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #23ecc649
+# %% ../../nbs/experiments/03_tutorials.ipynb #b19c464f
 # name, and the size of the images if it is not 96 pixels
 _NAMES = dict(
     torchvision="""alexnet:160 convnext_tiny densenet121 efficientnet_b0
@@ -213,7 +215,7 @@ _NETWORKS = [dict(library=library, name=name, size=int(size or 96))
              for library, names in _NAMES.items() for entry in names.split()
              for name, _, size in [entry.partition(':')]]
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #9df2583d
+# %% ../../nbs/experiments/03_tutorials.ipynb #1b263b9c
 def run_network(
     settings: dict,  # 'library' ('torchvision' or 'timm'), 'name', 'size'
 ) -> dict:  # 'trained', 'layer', 'map', 'way', 'refused'
@@ -235,7 +237,7 @@ def run_network(
     return row | dict(trained=not masked.equal(clean), layer=layer, way=way,
                       map=list(output_shapes(net, x)[layer][1:]))
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #b0199e0a
+# %% ../../nbs/experiments/03_tutorials.ipynb #5ea9f21d
 _BOTH = 'imagenette', 'flowers17'
 # the experiments of this page
 EXPERIMENTS = [

@@ -412,7 +412,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sgdrop.stats': { 'sgdrop.stats._differences': ('stats.html#_differences', 'sgdrop/stats.py'),
                               'sgdrop.stats._refuse': ('stats.html#_refuse', 'sgdrop/stats.py'),
                               'sgdrop.stats._values_of': ('stats.html#_values_of', 'sgdrop/stats.py'),
-                              'sgdrop.stats.by_cell': ('stats.html#by_cell', 'sgdrop/stats.py'),
                               'sgdrop.stats.differences_to': ('stats.html#differences_to', 'sgdrop/stats.py'),
                               'sgdrop.stats.format_difference': ('stats.html#format_difference', 'sgdrop/stats.py'),
                               'sgdrop.stats.paired_difference': ('stats.html#paired_difference', 'sgdrop/stats.py'),

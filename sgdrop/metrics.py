@@ -308,5 +308,4 @@ def calibration_error(
     confidence, predicted = probabilities.max(1)
     bins = (confidence * n_bins).long().clamp(max=n_bins - 1)
     excess = (confidence - (predicted == y).float()).double()
-    per_bin = torch.zeros(n_bins, dtype=torch.float64).index_add_(0, bins, excess)
-    return per_bin.abs().sum().item() / len(y)
+    return torch.bincount(bins, excess).abs().sum().item() / len(y)

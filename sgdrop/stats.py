@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import stats
 
 # %% auto #0
-__all__ = ['paired_difference', 'paired_table', 'format_difference', 'differences_to', 'by_cell']
+__all__ = ['paired_difference', 'paired_table', 'format_difference', 'differences_to']
 
 # %% ../nbs/13_stats.ipynb #05aefe4b
 def _refuse(pairs, problem, fix):
@@ -22,9 +22,8 @@ def _refuse(pairs, problem, fix):
 def _values_of(rows, value, method, pair_by, column):
     "Return the values of one method, indexed by pair"
     of_method = rows[rows[column] == method]
-    if of_method.empty:
-        raise ValueError(f'no row has {column}={method!r}; '
-                         f'there are {rows[column].unique().tolist()}')
+    if of_method.empty: raise ValueError(
+        f'no row has {column}={method!r}; there are {rows[column].unique().tolist()}')
     values = of_method.set_index(pair_by)[value].astype(float)
     twice = values.index[values.index.duplicated()].unique()
     _refuse(twice, f'{method!r} has several rows with', 'add what differs to pair_by')
@@ -96,16 +95,3 @@ def differences_to(
     methods = methods or [m for m in rows.method.unique() if m != against]
     found = {m: paired_difference(rows, value, m, against, pair_by) for m in methods}
     return pd.DataFrame(found).T.astype(dict(wins=int, ties=int, n=int))
-
-# %% ../nbs/13_stats.ipynb #ae4c0eb1
-def by_cell(
-    rows: pd.DataFrame,  # a row per run, with a column `method`
-    value: str,  # column to compare
-    pair_by: list[str],  # columns that make a pair, such as the seed
-    cell: list[str],  # columns that name a cell, such as data set and network
-    against: str = 'plain',  # method to compare with
-) -> pd.DataFrame:  # a row per method, a column per cell
-    "Compute the mean paired difference in each cell"
-    means = {name: differences_to(part, value, pair_by, against)['mean']
-             for name, part in rows.groupby(cell, sort=False)}
-    return pd.concat(means, axis=1, names=cell)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy.stats import t
 
-from sgdrop.stats import by_cell, differences_to, paired_difference, paired_table
+from sgdrop.stats import differences_to, paired_difference, paired_table
 
 PAIR = ['data', 'arch', 'seed']
 METHODS = ['plain', 'sgdrop', 'cutout']
@@ -54,16 +54,6 @@ def test_differences_agree_with_plain_python(value, against):
         assert table.loc[method].tolist() == pytest.approx(expected, abs=1e-12)
         one = paired_table(pd.DataFrame(rows), [value], method, against, PAIR)
         assert one.loc[value].tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_cells_agree_with_plain_python():
-    rows = made_rows()
-    table = by_cell(pd.DataFrame(rows), 'accuracy', ['seed'], ['data', 'arch'])
-    assert table.shape == (2, 4) and table.columns.names == ['data', 'arch']
-    for cell in table:
-        part = [r for r in rows if (r['data'], r['arch']) == cell]
-        for method, d in slow_differences(part, 'accuracy').items():
-            assert table.loc[method, cell] == pytest.approx(mean(d), abs=1e-12)
 
 
 def test_another_column_can_name_the_methods():

@@ -26,7 +26,7 @@ bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: a
 
 test: synced docs notebooks  ## check that notebooks and modules agree, make the site, run notebooks and pytest (which checks site, README and wheel, too)
 	$(SAY) 'pytest'
-	@$(QUIET) "$(BIN)/pytest" -q
+	@$(QUIET) "$(BIN)/pytest" -q -n 2 --dist loadfile
 	@$(MISSING); [ -z "$$missing" ] || { cd nbs; \
 	printf '\nLeft out, since image sets are missing (%s): tests marked photographs, and cells marked so in' "$$missing"; \
 	grep -rl --include='*.ipynb' '"#| photographs' . | sort | sed 's|^\./| |; s|\.ipynb||' | tr -d '\n'; \

@@ -156,8 +156,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'sgdrop/experiments/runner.py'),
                                            'sgdrop.experiments.runner._only_writer': ( 'experiments/runner.html#_only_writer',
                                                                                        'sgdrop/experiments/runner.py'),
-                                           'sgdrop.experiments.runner._start_worker': ( 'experiments/runner.html#_start_worker',
-                                                                                        'sgdrop/experiments/runner.py'),
                                            'sgdrop.experiments.runner._whole_lines': ( 'experiments/runner.html#_whole_lines',
                                                                                        'sgdrop/experiments/runner.py'),
                                            'sgdrop.experiments.runner.complete': ( 'experiments/runner.html#complete',

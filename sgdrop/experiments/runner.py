@@ -45,12 +45,7 @@ class Experiment:
     def planned(self, folder: Path) -> list[dict]:
         return self.plan(folder) if callable(self.plan) else self.plan
 
-# %% ../../nbs/experiments/01_runner.ipynb #7454071f
-def _start_worker():
-    "Leave Ctrl-C to the parent; use one thread, with which small networks are faster"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
+# %% ../../nbs/experiments/01_runner.ipynb #5978c72d
 def run_all(
     run: Callable[[dict], dict],  # from settings to results
     plan: list[dict],  # settings of each run
@@ -59,8 +54,11 @@ def run_all(
     "Make several runs at a time"
     if jobs == 1: yield from ((settings, run(settings)) for settings in plan)
     if jobs == 1: return
-    with ProcessPoolExecutor(jobs, get_context('spawn'), _start_worker) as pool:
+    one_thread = torch.set_num_threads, (1,)  # with which small networks are faster
+    with ProcessPoolExecutor(jobs, get_context('spawn'), *one_thread) as pool:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it
         runs = {pool.submit(run, settings): settings for settings in plan}
+        signal.signal(signal.SIGINT, before)
         try: yield from ((runs[r], r.result()) for r in as_completed(runs))
         except BaseException:  # Ctrl-C, too
             for worker in active_children(): worker.terminate()

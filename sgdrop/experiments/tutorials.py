@@ -110,7 +110,7 @@ _CHANGES = [dict(dataset=dataset, method=method, seed=seed, epochs=30)
             for seed in range(5) for dataset in ('imagenette', 'flowers17')
             for method in ('plain', 'sgdrop')]
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #e9d4563c
+# %% ../../nbs/experiments/03_tutorials.ipynb #9231ad75
 def mask_numbers(
     model: torch.nn.Module,  # trained
     batches: object,  # training images and labels
@@ -136,7 +136,7 @@ def mask_numbers(
     means = torch.cat(right, 1).float().mean(1).tolist()
     return dict(zip(('under_mask', 'clean', 'follows_wrong'), means))
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #1b5ccb1f
+# %% ../../nbs/experiments/03_tutorials.ipynb #2dfb38ed
 # whose attribution the mask takes → settings of the callback
 _WHOSE_MASK = dict(label=dict(target='label', teacher=None),
                    predicted=dict(target='predicted', teacher='head'))
@@ -167,7 +167,7 @@ def _run_traps(settings):
     history = [{k: round(v, 4) for k, v in row.items()} for row in cb.history]
     return dict(**_scores(learn), **numbers, warned=warned([cb]), watch=history)
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #bff30b1c
+# %% ../../nbs/experiments/03_tutorials.ipynb #d0535150
 def _run_transfer(settings):
     "Pretrain once and continue in both ways"
     first, seed, epochs = (settings[name] for name in ('pretraining', 'seed', 'epochs'))
@@ -193,7 +193,7 @@ def _run_transfer(settings):
 _TRANSFER = [dict(pretraining=first, seed=seed, epochs=15, n_per_class=200)
              for seed in range(3) for first in ('none', 'plain', 'sgdrop')]
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #b19c464f
+# %% ../../nbs/experiments/03_tutorials.ipynb #4e2ab91f
 # name, and the size of the images if it is not 96 pixels
 _NAMES = dict(
     torchvision="""alexnet:160 convnext_tiny densenet121 efficientnet_b0
@@ -215,7 +215,7 @@ _NETWORKS = [dict(library=library, name=name, size=int(size or 96))
              for library, names in _NAMES.items() for entry in names.split()
              for name, _, size in [entry.partition(':')]]
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #1b263b9c
+# %% ../../nbs/experiments/03_tutorials.ipynb #aeef9ac8
 def run_network(
     settings: dict,  # 'library' ('torchvision' or 'timm'), 'name', 'size'
 ) -> dict:  # 'trained', 'layer', 'map', 'way', 'refused'
@@ -237,7 +237,7 @@ def run_network(
     return row | dict(trained=not masked.equal(clean), layer=layer, way=way,
                       map=list(output_shapes(net, x)[layer][1:]))
 
-# %% ../../nbs/experiments/03_tutorials.ipynb #5ea9f21d
+# %% ../../nbs/experiments/03_tutorials.ipynb #45d96d78
 _BOTH = 'imagenette', 'flowers17'
 # the experiments of this page
 EXPERIMENTS = [

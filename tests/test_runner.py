@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -114,6 +115,15 @@ def test_a_key_is_the_settings_in_any_order():
 def test_results_come_as_they_are_finished():
     assert dict((s['i'], r['accuracy']) for s, r in run_all(square, plan_of(3), 2)) == {
         0: 0, 1: 1, 2: 4}
+
+
+def test_it_works_in_a_thread():
+    made = []
+    def work(): made.extend(run_all(square, plan_of(2), 2))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert len(made) == 2
 
 
 def test_the_rows_tell_their_versions(tmp_path):

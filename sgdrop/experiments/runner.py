@@ -4,7 +4,7 @@
 
 # %% ../../nbs/experiments/01_runner.ipynb #1c481882
 from __future__ import annotations
-import json, signal
+import json, signal, threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -56,9 +56,10 @@ def run_all(
     if jobs == 1: return
     one_thread = torch.set_num_threads, (1,)  # with which small networks are faster
     with ProcessPoolExecutor(jobs, get_context('spawn'), *one_thread) as pool:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it
+        on_main = threading.current_thread() is threading.main_thread()
+        if on_main: before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
         runs = {pool.submit(run, settings): settings for settings in plan}
-        signal.signal(signal.SIGINT, before)
+        if on_main: signal.signal(signal.SIGINT, before)
         try: yield from ((runs[r], r.result()) for r in as_completed(runs))
         except BaseException:  # Ctrl-C, too
             for worker in active_children(): worker.terminate()

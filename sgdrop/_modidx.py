@@ -125,8 +125,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sgdrop.experiments.main': { 'sgdrop.experiments.main._Parser': ('experiments/main.html#_parser', 'sgdrop/experiments/main.py'),
                                          'sgdrop.experiments.main._Parser.error': ( 'experiments/main.html#_parser.error',
                                                                                     'sgdrop/experiments/main.py'),
-                                         'sgdrop.experiments.main._complain': ( 'experiments/main.html#_complain',
-                                                                                'sgdrop/experiments/main.py'),
                                          'sgdrop.experiments.main._count': ('experiments/main.html#_count', 'sgdrop/experiments/main.py'),
                                          'sgdrop.experiments.main._data': ('experiments/main.html#_data', 'sgdrop/experiments/main.py'),
                                          'sgdrop.experiments.main._demo': ('experiments/main.html#_demo', 'sgdrop/experiments/main.py'),

@@ -34,8 +34,8 @@ from torch.nn.functional import one_hot
 
 from networks import Recomputed, bare_loss, hooked, images, masked_images, small_network
 from sgdrop.callback import SGDropCallback
+from sgdrop.experiments.training import AverageWeights
 from sgdrop.split import unwrapped
-from sgdrop.teacher import EMATeacher
 
 # every teacher, target, granularity and fill, one layer and two, every clean_weight
 VARIANTS = dict(
@@ -55,15 +55,6 @@ class MixedOnCPU(MixedPrecision):
         self.autocast = torch.autocast('cpu', torch.float16 if half else torch.bfloat16)
         self.learn.scaler = torch.amp.GradScaler('cpu', enabled=half)
         self.scales = []
-
-
-class AverageWeights(Callback):
-    "Ends a fit with the average of the weights"
-    run_valid = False
-    def before_fit(self): self.average = EMATeacher(self.learn.model, 0.5)
-    def after_step(self): self.average.update(self.learn.model)
-    def after_fit(self):
-        self.learn.model.load_state_dict(self.average.module.state_dict())
 
 
 class TwoViews(nn.Sequential):
@@ -125,7 +116,7 @@ PARTNERS = dict(
     accumulation=Partner(lambda: [GradientAccumulation(8)]),
     clip=Partner(lambda: [GradientClip(0.1)]),
     channels_last=Partner(lambda: [ChannelsLast()]),
-    averaged_weights=Partner(lambda: [AverageWeights()]),
+    averaged_weights=Partner(lambda: [AverageWeights(0.5)]),
     frozen_statistics=Partner(lambda: [BnFreeze()]),
     half_an_epoch=Partner(lambda: [ShortEpochCallback(0.5, short_valid=False)]),
     fine_tune=Partner(train=lambda learn: learn.fine_tune(1)),

@@ -49,9 +49,8 @@ class _EpochTimer(SkipValidation):
 def _train(method, seed, epochs):
     "Train and measure one network"
     loaders = partial(shortcut_digits, seed=seed)
-    network = partial(small_resnet, (16, 1), (32, 2), (64, 1))
+    network, timer = partial(small_resnet, (16, 1), (32, 2), (64, 1)), _EpochTimer()
     learn, cbs = new_learner(loaders, network, seed, RECIPES[method])
-    timer = _EpochTimer()
     fit(learn, epochs, timer, *cbs)
     with learn.no_bar(), learn.no_logging(): measures = _measure(learn)
     return learn, measures, statistics.median(timer.seconds)
@@ -68,8 +67,7 @@ def _run_seed(settings):
                     epoch_ratio=measured[m][1] / measured['plain'][1]) for m in names]
     regions = learn.dls.cue_regions[even_indices(len(learn.dls.cue_regions), 6)]
     return dict(records=records, pictures=dict(
-        images=denormalize(learn.dls.valid, x), regions=regions,
-        maps={method: maps[method] for method in names}))
+        images=denormalize(learn.dls.valid, x), regions=regions, maps=maps))
 
 # %% ../../nbs/experiments/02_demo.ipynb #3f3c01b2
 def run_demo(
@@ -79,7 +77,7 @@ def run_demo(
 ) -> tuple[list[dict], dict]:  # a record per method and seed; the pictures of seed 0
     "Train and measure every method with every seed"
     plan = [dict(seed=seed, epochs=epochs) for seed in range(n_seeds)]
-    runs = run_all(_run_seed, plan, min(jobs, n_seeds))
+    runs = run_all(_run_seed, plan, jobs)
     made = {settings['seed']: results for settings, results in runs}
     records = [record for seed in range(n_seeds) for record in made[seed]['records']]
     return records, made[0]['pictures']

@@ -88,19 +88,18 @@ def _parser():
     return parser
 
 # %% ../../nbs/experiments/06_main.ipynb #b6b34671
-def _complain(args, what, status):
-    sys.stderr.write(f'{args.prog}: {what}\n')
-    return status
-
 def main(
     argv: list[str] | None = None,  # the command line; None for the real one
 ) -> int:  # exit status
     "Run the command `sgdrop`"
-    ignored = 'ignore::FutureWarning:torch.jit._script'  # PyTorch's, about fastai
-    os.environ.setdefault('PYTHONWARNINGS', ignored)
+    # PyTorch's warning about fastai
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning:torch.jit._script')
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # tables were made with one thread
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')
     args = _parser().parse_args(argv)
     try: print(args.run(args))
-    except KeyboardInterrupt: return _complain(args, 'interrupted', 130)
-    except (ImportError, OSError, ValueError) as e: return _complain(args, e, 1)
-    return 0
+    except KeyboardInterrupt: error, status = 'interrupted', 130
+    except (ImportError, OSError, ValueError) as e: error, status = e, 1
+    else: return 0
+    sys.stderr.write(f'{args.prog}: {error}\n')
+    return status

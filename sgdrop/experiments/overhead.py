@@ -73,8 +73,9 @@ def _plan(folder):
 def _run(settings):
     "Time one network at one size"
     set_seed(0)
-    name, size, device, batch, turns = settings.values()
-    seconds = _step_times(_network(name).to(device), size, batch, turns, device)
+    s, device = settings, settings['device']
+    net = _network(s['network']).to(device)
+    seconds = _step_times(net, s['size'], s['batch'], s['turns'], device)
     hardware = torch.cpu.get_capabilities().get('cpu_name', 'CPU')
     if device == 'cuda': hardware = torch.cuda.get_device_name()
     return dict(seconds=seconds.round(6).to_dict('list'), hardware=hardware)

@@ -52,10 +52,13 @@ def run_all(
     jobs: int = 1,  # how many processes; 1 for this one
 ) -> Iterator[tuple[dict, dict]]:  # settings and results, as they are finished
     "Make several runs at a time"
-    if jobs == 1: yield from ((settings, run(settings)) for settings in plan)
-    if jobs == 1: return
-    one_thread = torch.set_num_threads, (1,)  # with which small networks are faster
-    with ProcessPoolExecutor(jobs, get_context('spawn'), *one_thread) as pool:
+    jobs = min(jobs, len(plan))
+    if jobs <= 1:
+        yield from ((settings, run(settings)) for settings in plan)
+        return
+    # one thread each, with which small networks are faster
+    with ProcessPoolExecutor(
+            jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         on_main = threading.current_thread() is threading.main_thread()
         if on_main: before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
         runs = {pool.submit(run, settings): settings for settings in plan}
@@ -95,9 +98,9 @@ def rows(
 # %% ../../nbs/experiments/01_runner.ipynb #bd653d03
 def _line(settings, results):
     "Return a run as a line of a table"
-    versions = {name: metadata.version(name) for name in ('torch', 'fastai')}
-    row = settings | results | dict(versions=dict(sgdrop=__version__, **versions))
-    row['key'] = settings_key(settings)
+    libraries = {name: metadata.version(name) for name in ('torch', 'fastai')}
+    versions = dict(sgdrop=__version__) | libraries
+    row = settings | results | dict(versions=versions, key=settings_key(settings))
     return json.dumps(row, default=lambda array: array.tolist()).encode() + b'\n'
 
 # %% ../../nbs/experiments/01_runner.ipynb #e641d5f5
@@ -127,7 +130,7 @@ def complete(
     with _only_writer(path):
         done = {row['key'] for row in read_rows(path)}
         missing = [settings for key, settings in plan.items() if key not in done]
-        made = run_all(experiment.run, missing, min(jobs, max(len(missing), 1)))
+        made = run_all(experiment.run, missing, jobs)
         with open(path, 'ab') as file:
             file.truncate(len(_whole_lines(path)))
             if show_bar: made = progress_bar(made, total=len(missing), leave=False)

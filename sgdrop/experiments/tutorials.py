@@ -99,8 +99,8 @@ def _focus_measures(model, dls, n=250):
 # %% ../../nbs/experiments/03_tutorials.ipynb #51046c7e
 def _run_changes(settings):
     "Measure one training in every way at its end"
-    names = 'dataset', 'seed', 'method'
-    learn, cbs = _photograph_learner(**{name: settings[name] for name in names})
+    dataset, seed, method = (settings[name] for name in ('dataset', 'seed', 'method'))
+    learn, cbs = _photograph_learner(dataset, seed, method)
     fit(learn, settings['epochs'], BFloat16(), *cbs)
     scores, train = _scores(learn), _scores(learn, dl=in_order(learn.dls, 'train'))
     return dict(**scores, generalization_gap=train['accuracy'] - scores['accuracy'],
@@ -232,8 +232,8 @@ def run_network(
         except ValueError as e: return row | dict(refused=str(e))
         masked, clean = map(class_logits, sgdrop(x, y=torch.arange(4)))
         sgdrop.loss(cross_entropy, masked, clean, torch.arange(4)).backward()
-    (layer, *_), way = sgdrop.layers, 'whole network again'
-    for head in sgdrop.heads: way = 'cut' if isinstance(head, Sequential) else 'traced'
+    layer, heads, way = sgdrop.layers[0], sgdrop.heads, 'whole network again'
+    if heads: way = 'cut' if isinstance(heads[0], Sequential) else 'traced'
     return row | dict(trained=not masked.equal(clean), layer=layer, way=way,
                       map=list(output_shapes(net, x)[layer][1:]))
 

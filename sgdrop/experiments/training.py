@@ -7,33 +7,37 @@ from __future__ import annotations
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from functools import lru_cache, partial
+from copy import deepcopy
+from functools import partial
 
-import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import (
     Callback, CancelValidException, ConvLayer, CrossEntropyLossFlat, CutMix,
-    DataLoaders, Flip, IntToFloatTensor, LabelSmoothingCrossEntropyFlat, Learner,
-    MixedPrecision, MixUp, Normalize, ProgressCallback, ResBlock, SchedLin, SchedNo,
-    TensorCategory, TensorImage, TfmdDL, Zoom, accuracy, combine_scheds, default_device,
-    get_image_files, imagenet_stats, params, parent_label, set_seed, setup_aug_tfms,
-    to_float)
-from PIL import Image, ImageOps
+    DataLoaders, LabelSmoothingCrossEntropyFlat, Learner, MixedPrecision, MixUp,
+    ProgressCallback, ResBlock, SchedLin, SchedNo, accuracy, combine_scheds,
+    get_image_files, params, parent_label, set_seed, to_float)
+from fastcore.basics import noop
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.models import resnet18
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vgg import make_layers
 from torchvision.ops import DropBlock2d
 from torchvision.transforms import RandomErasing
 
 from ..all import (
-    EMATeacher, SGDropCallback, few_per_class, shuffled_attribution)
-from ..data import FLOWERS17_CLASSES, IMAGENETTE_CLASSES, fetch_set, flower_name
+    EMATeacher, SGDropCallback, few_per_class, saliency_mask, shuffled_attribution)
+from ..attribution import class_mask
+from ..data import (
+    FLOWERS17_CLASSES, IMAGENETTE_CLASSES, fetch_set, flower_name, memory_loader,
+    random_crops, squares)
+from ..metrics import in_order
 
 # %% auto #0
 __all__ = ['SMALL_NETWORKS', 'METHODS', 'RECIPES', 'PHOTOGRAPHS', 'small_resnet', 'small_network', 'ErasePerImage',
-           'AverageWeights', 'new_learner', 'SkipValidation', 'BFloat16', 'fit', 'warned', 'in_memory', 'take_turns',
-           'ratios', 'training_step']
+           'AverageWeights', 'RSC', 'spectral_decoupling', 'JTT', 'new_learner', 'SkipValidation', 'BFloat16', 'fit',
+           'warned', 'in_memory', 'take_turns', 'ratios', 'training_step']
 
 # %% ../../nbs/experiments/00_training.ipynb #4c76ce68
 def small_resnet(
@@ -63,13 +67,17 @@ def _convnext(n_out):
     head = nn.Sequential(net.avgpool, *net.classifier[:-1])
     return net.features, head, net.classifier[-1]
 
+def _resnet18(n_out):
+    *body, pool, linear = resnet18(num_classes=n_out).children()
+    return nn.Sequential(*body), nn.Sequential(pool, nn.Flatten()), linear
+
 # name → maker of the three parts, and the largest learning rate
-SMALL_NETWORKS = dict(
-    resnet=(_resnet, 5e-3), vgg=(_vgg, 3e-3), convnext=(_convnext, 3e-3))
+SMALL_NETWORKS = dict(resnet=(_resnet, 5e-3), vgg=(_vgg, 3e-3),
+                      convnext=(_convnext, 3e-3), resnet18=(_resnet18, 3e-3))
 
 # %% ../../nbs/experiments/00_training.ipynb #bab5b793
 def small_network(
-    arch: str,  # 'resnet', 'vgg' or 'convnext'
+    arch: str,  # a name in `SMALL_NETWORKS`
     n_out: int = 10,  # number of classes
     on_map: nn.Module | None = None,  # a layer to put behind the last feature map
     before_logits: nn.Module | None = None,  # a layer before the last linear one
@@ -99,13 +107,73 @@ class AverageWeights(Callback):
     order, run_valid = 60, False
     def __init__(self,
         decay: float = 0.99,  # share of the old weights kept at each step, in [0, 1)
-    ): self.decay = decay
+        warmup: bool = True,  # begin with smaller decays?
+    ): self.decay, self.warmup = decay, warmup
 
-    def before_fit(self): self.average = EMATeacher(self.learn.model, self.decay)
+    def before_fit(self):
+        self.average = EMATeacher(self.learn.model, self.decay, self.warmup)
     def after_step(self): self.average.update(self.learn.model)
     def after_fit(self):
         self.learn.model.load_state_dict(self.average.module.state_dict())
         self.average = None
+
+# %% ../../nbs/experiments/00_training.ipynb #c347fb44
+class RSC(Callback):
+    "Representation self-challenging, by channels (Huang et al. 2020, section 3)"
+    run_valid, hook = False, None
+    def __init__(self,
+        drop: float = 1 / 3,  # share of channels to mute, in [0, 1)
+        share: float = 1 / 3,  # of the images that are changed, in [0, 1]
+    ): self.drop, self.share = drop, share
+
+    def before_batch(self):
+        self.after_pred()
+        self.hook = self.learn.model[1].register_forward_hook(self._challenge)
+
+    def _challenge(self, body, inputs, z):
+        head, leaf = self.learn.model[2:], z.detach().requires_grad_()
+        logits = head(leaf).float()
+        labels = class_mask(self.y, logits)
+        gradient, = torch.autograd.grad(logits[labels].sum(), leaf)
+        keep = saliency_mask(gradient.mean((2, 3), keepdim=True).relu(), self.drop)
+        with torch.no_grad():
+            loss = [cross_entropy(out.float(), self.y, reduction='none')
+                    for out in (logits, head(leaf * keep))]
+        most_changed = (loss[1].neg().exp() - loss[0].neg().exp()).argsort()
+        keep[most_changed[round(self.share * len(z)):]] = True
+        return z * keep
+
+    def after_pred(self):
+        if self.hook: self.hook.remove()
+        self.hook = None
+    def after_fit(self): self.after_pred()
+
+# %% ../../nbs/experiments/00_training.ipynb #65b0fca6
+def spectral_decoupling(
+    logits: Tensor,  # B×K
+    y: Tensor,  # classes, B
+    penalty: float,  # weight of the penalty
+) -> Tensor:
+    "Compute cross-entropy with a penalty on the logits (Pezeshki et al. 2021, eq. 16)"
+    return cross_entropy(logits, y) + penalty / 2 * logits.square().mean()
+
+# %% ../../nbs/experiments/00_training.ipynb #31941117
+class JTT(Callback):
+    "Just train twice (Liu et al. 2021, algorithm 1)"
+    run_valid = False
+    def __init__(self,
+        epochs: int = 5,  # of the first network, at fastai's default learning rate
+        weight: float = 10.,  # how much more often its errors are sampled
+    ): self.epochs, self.weight = epochs, weight
+
+    def before_fit(self):
+        first, dl = Learner(self.dls, deepcopy(self.model), self.loss_func), self.dl
+        with first.no_bar(), first.no_logging():
+            first.fit(self.epochs, cbs=[SkipValidation(), BFloat16()])
+            logits, y = first.get_preds(dl=in_order(self.dls, 'train'), act=noop)
+        weights = torch.where(logits.argmax(1) == y, 1., self.weight)
+        def sample(): return torch.multinomial(weights, dl.n, replacement=True).tolist()
+        dl.get_idxs = sample
 
 # %% ../../nbs/experiments/00_training.ipynb #3314cf30
 def _sgdrop(rho=0.5, ramp=0., shuffled=False, **settings):
@@ -125,7 +193,12 @@ METHODS: dict[str, Callable[..., dict]] = dict(
     mixup=lambda alpha: dict(cb=MixUp(alpha)),
     cutmix=lambda alpha: dict(cb=CutMix(alpha)),
     smoothing=lambda eps: dict(loss_func=LabelSmoothingCrossEntropyFlat(eps)),
-    ema=lambda decay: dict(cb=AverageWeights(decay)),
+    ema=lambda **settings: dict(cb=AverageWeights(**settings)),
+    weight_decay=lambda wd: dict(wd=wd),
+    rsc=lambda **settings: dict(cb=RSC(**settings)),
+    decoupling=lambda penalty: dict(
+        loss_func=partial(spectral_decoupling, penalty=penalty)),
+    jtt=lambda **settings: dict(cb=JTT(**settings)),
     sgdrop=lambda **settings: dict(cb=_sgdrop(**settings)))
 
 # name → recipe of the methods that demo and tutorials compare
@@ -151,8 +224,10 @@ def new_learner(
     set_seed(seed)
     dls = loaders()
     set_seed(seed)
+    wd = added.pop('wd', None)
     model = network(n_out=len(dls.vocab), **added)
-    return Learner(dls, model, loss_func, metrics=accuracy, splitter=_head_apart), cbs
+    learn = Learner(dls, model, loss_func, metrics=accuracy, splitter=_head_apart, wd=wd)
+    return learn, cbs
 
 # %% ../../nbs/experiments/00_training.ipynb #0067cc30
 class SkipValidation(Callback):
@@ -216,25 +291,6 @@ def _split_files(dataset, part, share, split_seed):
     train, shown = ([files[i] for i in sorted(some)] for some in (train, shown))
     return train, data.test() if data.test and part == 'test' else shown
 
-# %% ../../nbs/experiments/00_training.ipynb #390cab73
-@lru_cache(maxsize=6)
-def _pixels(files, size):
-    "Return squares of `size` pixels, uint8, N×3×size×size"
-    def square(file):
-        image = Image.open(file).convert('RGB')
-        return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
-    return torch.stack([torch.from_numpy(square(f)).permute(2, 0, 1) for f in files])
-
-def _loader(files, data, size, transforms, **kwargs):
-    "Return a loader of images in memory"
-    x = _pixels(tuple(files), size)
-    y = torch.tensor([data.vocab.index(data.label(f)) for f in files])
-    def batch(items): return TensorImage(x[items]), TensorCategory(y[items])
-    normalize = Normalize.from_stats(*imagenet_stats)
-    after_batch = [IntToFloatTensor(), *transforms, normalize]
-    return TfmdDL(range(len(files)), create_batch=batch, after_batch=after_batch,
-                  num_workers=0, device=default_device(), **kwargs)
-
 # %% ../../nbs/experiments/00_training.ipynb #65c1ace7
 def in_memory(
     dataset: str,  # 'imagenette' or 'flowers17'
@@ -245,10 +301,13 @@ def in_memory(
     "Load the images of one split, at 64 pixels"
     data = PHOTOGRAPHS[dataset]
     train, shown = _split_files(dataset, part, share, split_seed)
-    augment = setup_aug_tfms([Flip(size=64), Zoom(1., 2 ** 0.5, p=1., size=64)])
+    def loader(files, size, *augment, **kwargs):
+        y = torch.tensor([data.vocab.index(data.label(f)) for f in files])
+        x = squares(tuple(files), size)
+        return memory_loader(x, y, data.vocab, *augment, **kwargs)
     dls = DataLoaders(
-        _loader(train, data, 80, augment, bs=64, shuffle=True, drop_last=True),
-        _loader(shown, data, 64, [], bs=256))
+        loader(train, 80, random_crops(64), bs=64, shuffle=True, drop_last=True),
+        loader(shown, 64, bs=256))
     dls.vocab = data.vocab
     return dls
 

@@ -95,6 +95,12 @@ def with_cue(
     return torch.where(regions, CUE_COLOURS[shown][:, :, None, None], x)
 
 # %% ../nbs/12_data.ipynb #53355b4b
+class _MemoryLoader(TfmdDL):
+    def create_item(self, i): return i or 0  # fastai asks for None to try a loader
+    def create_batch(self, ids):
+        x, y = self.dataset.tensors
+        return TensorImage(x[ids]), TensorCategory(y[ids])
+
 def memory_loader(
     x: Tensor,  # images, uint8, N×3×H×W
     y: Tensor,  # classes, N
@@ -106,12 +112,11 @@ def memory_loader(
     "Make a loader of images in memory"
     def image(i): return TensorImage(x[i])
     def label(i): return vocab[y[i]]
-    def index(i): return i or 0  # fastai asks for None to try a loader
-    def batch(ids): return TensorImage(x[ids]), TensorCategory(y[ids])
     items = Datasets(range(len(x)), [[image], [label, Categorize(vocab)]])
+    items.tensors = x, y
     after_batch = [IntToFloatTensor(), *augment, Normalize.from_stats(*stats)]
-    return TfmdDL(items, create_item=index, create_batch=batch, num_workers=0,
-                  device=default_device(), after_batch=after_batch, **kwargs)
+    return _MemoryLoader(items, num_workers=0, device=default_device(),
+                         after_batch=after_batch, **kwargs)
 
 # %% ../nbs/12_data.ipynb #3fd10ec7
 def shortcut_digits(
@@ -255,6 +260,7 @@ def action_name(
     "Return the action in a file of BAR"
     return file.stem.rpartition('_')[0].replace('_', ' ')
 
+# %% ../nbs/12_data.ipynb #b75cdabf
 def bar(
     size: int = 64,  # height and width, pixels
     bs: int = 64,  # batch size
@@ -262,7 +268,8 @@ def bar(
 ) -> DataLoaders:
     "Load BAR: 1,941 photographs for training, and 654 from other places"
     files = get_image_files(fetch_set('bar')).sorted()
-    train, valid = (files.filter(lambda f: part in f.parts) for part in ('train', 'test'))
+    train, valid = (files.filter(lambda f: part in f.parts)
+                    for part in ('train', 'test'))
     return _photographs(train, valid, action_name, size, bs, **kwargs)
 
 # %% ../nbs/12_data.ipynb #e7eeb73c
@@ -331,17 +338,19 @@ def frame(
     shown, donors = shown_classes(y, n_classes, share_right, seed), y.clone()
     for k in shown.unique():
         of_class, todo = torch.where(y == k)[0], shown == k
-        donors[todo] = of_class[torch.randint(len(of_class), (todo.sum(),), generator=g)]
+        chance = torch.randint(len(of_class), (todo.sum(),), generator=g)
+        donors[todo] = of_class[chance]
     return torch.where(centre, x, x[donors]), ~centre.expand(len(x), 1, size, size)
 
-# %% ../nbs/12_data.ipynb #63f602e7
-SHORTCUTS = dict(watermark=watermark, frame=frame)  # name → function of images
-
+# %% ../nbs/12_data.ipynb #bb369a96
 def random_crops(
     size: int,  # height and width of the result, pixels
 ) -> list:  # fastai's batch transforms
     "Flip images at random, and cut out a random square of half to all of the area"
     return setup_aug_tfms([Flip(size=size), Zoom(1., 2 ** 0.5, p=1., size=size)])
+
+# %% ../nbs/12_data.ipynb #63f602e7
+SHORTCUTS = dict(watermark=watermark, frame=frame)  # name → function of images
 
 def shortcut_photographs(
     train: list[Path],  # files for training

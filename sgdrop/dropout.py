@@ -44,6 +44,8 @@ def check_settings(
     for name, values in choices.items():
         if s[name] not in values: raise ValueError(
             f'{name} must be one of {", ".join(map(repr, values))}; got {s[name]!r}')
+    if not (isinstance(s['rounds'], int) and s['rounds'] > 0): raise ValueError(
+        f'rounds must be a whole number from 1, got {s["rounds"]!r}')
     attribution_function(s['attribution']), fill_function(s['fill'])
 
 # %% ../nbs/05_dropout.ipynb #0957ca57
@@ -148,14 +150,17 @@ def explain(
 
 # %% ../nbs/05_dropout.ipynb #ddcf11a9
 def _rerun(network, heads, layers, xb, runs, fills):
-    "Return the logits of filled feature maps"
-    z = fills[0](runs[0][-1])
-    again, inputs = (heads[0], [z]) if heads else (network, xb)
-    edits = [] if heads else [(layers[0], lambda out: z, len(runs[0]))]
-    edits += zip(layers[1:], fills[1:])
-    with no_side_effects(again, z.device), ExitStack() as stack:
+    "Return the logits of filled feature maps, and these maps"
+    zs = [fills[0](runs[0][-1])]
+    def noting(fill):
+        def fill_later(z): return zs.append(fill(z)) or zs[-1]
+        return fill_later
+    again, inputs = (heads[0], zs[:1]) if heads else (network, xb)
+    edits = [] if heads else [(layers[0], lambda out: zs[0], len(runs[0]))]
+    edits += zip(layers[1:], map(noting, fills[1:]))
+    with no_side_effects(again, zs[0].device), ExitStack() as stack:
         for edit in edits: stack.enter_context(edited(network, *edit))
-        return class_logits(again(*inputs))
+        return class_logits(again(*inputs)), zs
 
 # %% ../nbs/05_dropout.ipynb #3a19dc56
 def _is_compiled(model):
@@ -181,11 +186,14 @@ class SGDrop:
         fill: str | Callable = 'kept_mean',  # of the holes: one of `FILLS`, or f(z, M)
         p: float = 1.,  # probability that an image is masked, in [0, 1]
         clean_weight: float = 0.5,  # weight of the loss without the mask, in [0, 1)
+        # how often to drop the share `rho` of what is left, each time explained anew
+        rounds: int = 1,
     ):
         check_settings(rho=rho, target=target, teacher=teacher, ema=ema, fill=fill, p=p,
-            attribution=attribution, granularity=granularity, clean_weight=clean_weight)
+            attribution=attribution, granularity=granularity, clean_weight=clean_weight,
+            rounds=rounds)
         self.model, self.network, self.rho = model, unwrapped(model), rho
-        self.clean_weight = clean_weight
+        self.clean_weight, self.rounds = clean_weight, rounds
         self.target, self.attribution, self.p = target, attribution, p
         self.granularity, self.fill = granularity, fill_function(fill)
         example = [x[:2] for x in _plain_tensors(example)]
@@ -226,19 +234,31 @@ class SGDrop:
         logits, zs = [clean] * len(maps), maps
         if self.teacher: logits, zs = self.teacher.look(xb, maps)
         classes = [labels if by_label else class_mask('predicted', l) for l in logits]
-        As = [group_attribution(explain(self.attribution, *each), self.granularity)
-              for each in zip_longest(logits, zs, classes, self.explained)]
+        As = self._explain(logits, zs, classes, self.explained)
         finite = sum((A.flatten(1).sum(1) for A in As), clean.logsumexp(1)).isfinite()
         chance = torch.rand(len(finite), generator=self.rng, device=finite.device)
         spared = (~finite | (chance >= self.p)).view(-1, 1, 1, 1)
         Ms = [saliency_mask(A, self.rho) | spared for A in As]
-        fills = [lambda z, M=M: self.fill(z, M) for M in Ms]
-        masked = _rerun(self.network, self.heads, self.layers, xb, runs, fills)
+        masked, zs = self._rerun(xb, runs, Ms)
+        for again in range(1, self.rounds):
+            of_left = self._explain([masked] * len(zs), zs, classes, self.heads)
+            share = self.rho * (1 - self.rho) ** again
+            Ms = [M & (saliency_mask(A * M, share) | spared)
+                  for A, M in zip(of_left, Ms)]
+            masked, zs = self._rerun(xb, runs, Ms)
         masked = masked.to(clean.dtype)
         step = Step(maps, As, Ms, clean.detach(), masked.detach(), labels, finite)
         for observe in self.observers: observe(step)
         self.first_step = False
         return _replace_logits(out, masked)
+
+    def _explain(self, logits, zs, classes, heads):
+        return [group_attribution(explain(self.attribution, *each), self.granularity)
+                for each in zip_longest(logits, zs, classes, heads)]
+
+    def _rerun(self, xb, runs, Ms):
+        fills = [lambda z, M=M: self.fill(z, M) for M in Ms]
+        return _rerun(self.network, self.heads, self.layers, xb, runs, fills)
 
     def loss(self, loss_func: Callable, masked: object, clean: object,
              *y: Tensor) -> Tensor:

@@ -14,13 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from .runner import Experiment, rows, settings_key
 from .training import (
-    SMALL_NETWORKS, BFloat16, fit, in_memory, new_learner, ratios, small_network,
-    take_turns, training_step, warned)
+    AS_PUBLISHED, SMALL_NETWORKS, BFloat16, fit, in_memory, new_learner, ratios,
+    small_network, take_turns, training_step, warned)
 from ..metrics import attributed, calibration_error, effective_area, in_order
 
 # %% auto #0
-__all__ = ['CELL', 'PAIR', 'EPOCHS', 'TENTH', 'SEARCH_BASE', 'DEPTHS', 'ABLATIONS', 'SWEEP', 'GRID', 'AS_PUBLISHED',
-           'EXPERIMENTS', 'chosen']
+__all__ = ['CELL', 'PAIR', 'EPOCHS', 'TENTH', 'SEARCH_BASE', 'DEPTHS', 'ABLATIONS', 'SWEEP', 'GRID', 'EXPERIMENTS', 'chosen']
 
 # %% ../../nbs/experiments/05_benchmark.ipynb #70bce430
 def _learner(settings, recipe):
@@ -146,9 +145,6 @@ GRID = [('imagenette', 0.1, 'resnet'), ('flowers17', 0.5, 'resnet'),
         ('imagenette', 0.1, 'vgg'), ('imagenette', 0.1, 'convnext'),
         ('flowers17', 0.5, 'vgg'), ('flowers17', 0.5, 'convnext'),
         ('imagenette', 0.05, 'resnet'), ('imagenette', 0.25, 'resnet')]
-# the paper's SGDrop, as a recipe
-AS_PUBLISHED = dict(sgdrop=dict(rho=0.1, granularity='element', p=1., teacher='full',
-                                ema=0.99, fill='zero', clean_weight=0.))
 
 def _benchmark_plan(folder):
     "Return the reported runs, seed by seed"

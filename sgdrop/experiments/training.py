@@ -32,12 +32,11 @@ from ..attribution import class_mask
 from ..data import (
     FLOWERS17_CLASSES, IMAGENETTE_CLASSES, fetch_set, flower_name, memory_loader,
     random_crops, squares)
-from ..metrics import in_order
 
 # %% auto #0
-__all__ = ['SMALL_NETWORKS', 'METHODS', 'RECIPES', 'PHOTOGRAPHS', 'small_resnet', 'small_network', 'ErasePerImage',
-           'AverageWeights', 'RSC', 'spectral_decoupling', 'JTT', 'new_learner', 'SkipValidation', 'BFloat16', 'fit',
-           'warned', 'in_memory', 'take_turns', 'ratios', 'training_step']
+__all__ = ['SMALL_NETWORKS', 'METHODS', 'RECIPES', 'AS_PUBLISHED', 'PHOTOGRAPHS', 'small_resnet', 'small_network',
+           'ErasePerImage', 'AverageWeights', 'RSC', 'spectral_decoupling', 'JTT', 'new_learner', 'SkipValidation',
+           'BFloat16', 'fit', 'warned', 'split_files', 'in_memory', 'take_turns', 'ratios', 'training_step']
 
 # %% ../../nbs/experiments/00_training.ipynb #4c76ce68
 def small_resnet(
@@ -167,10 +166,12 @@ class JTT(Callback):
     ): self.epochs, self.weight = epochs, weight
 
     def before_fit(self):
-        first, dl = Learner(self.dls, deepcopy(self.model), self.loss_func), self.dl
+        first = Learner(self.dls, deepcopy(self.model), self.loss_func)
+        dl = self.dls.train
         with first.no_bar(), first.no_logging():
             first.fit(self.epochs, cbs=[SkipValidation(), BFloat16()])
-            logits, y = first.get_preds(dl=in_order(self.dls, 'train'), act=noop)
+            in_order = dl.new(shuffle=False, drop_last=False)
+            logits, y = first.get_preds(dl=in_order, act=noop)
         weights = torch.where(logits.argmax(1) == y, 1., self.weight)
         def sample(): return torch.multinomial(weights, dl.n, replacement=True).tolist()
         dl.get_idxs = sample
@@ -204,6 +205,9 @@ METHODS: dict[str, Callable[..., dict]] = dict(
 # name → recipe of the methods that demo and tutorials compare
 RECIPES = dict(
     plain={}, random=dict(sgdrop=dict(shuffled=True)), sgdrop=dict(sgdrop={}))
+# the paper's SGDrop, as a recipe
+AS_PUBLISHED = dict(sgdrop=dict(rho=0.1, granularity='element', p=1., teacher='full',
+                                ema=0.99, fill='zero', clean_weight=0.))
 
 # %% ../../nbs/experiments/00_training.ipynb #37f877bf
 def _head_apart(model): return [params(model[:-1]), params(model[-1:])]
@@ -226,7 +230,8 @@ def new_learner(
     set_seed(seed)
     wd = added.pop('wd', None)
     model = network(n_out=len(dls.vocab), **added)
-    learn = Learner(dls, model, loss_func, metrics=accuracy, splitter=_head_apart, wd=wd)
+    learn = Learner(dls, model, loss_func, metrics=accuracy, splitter=_head_apart,
+                    wd=wd)
     return learn, cbs
 
 # %% ../../nbs/experiments/00_training.ipynb #0067cc30
@@ -280,8 +285,13 @@ PHOTOGRAPHS = dict(
         partial(_files, 'flowers17'), flower_name, list(FLOWERS17_CLASSES),
         80, 20, None))
 
-def _split_files(dataset, part, share, split_seed):
-    "Choose the images of one split: for training, and to look at"
+def split_files(
+    dataset: str,  # a name in `PHOTOGRAPHS`
+    part: str,  # what to look at: 'tuning' or 'test'
+    share: float,  # of the images per class to train on
+    split_seed: int,  # of the choice of images
+) -> tuple[list, list]:  # files for training, and to look at
+    "Choose the images of one split"
     data = PHOTOGRAPHS[dataset]
     files, n = data.files(), round(data.per_class * share)
     labels = [data.label(f) for f in files]
@@ -300,7 +310,7 @@ def in_memory(
 ) -> DataLoaders:
     "Load the images of one split, at 64 pixels"
     data = PHOTOGRAPHS[dataset]
-    train, shown = _split_files(dataset, part, share, split_seed)
+    train, shown = split_files(dataset, part, share, split_seed)
     def loader(files, size, *augment, **kwargs):
         y = torch.tensor([data.vocab.index(data.label(f)) for f in files])
         x = squares(tuple(files), size)

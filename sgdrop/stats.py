@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 # %% auto #0
-__all__ = ['paired_difference', 'paired_table', 'format_difference', 'differences_to']
+__all__ = ['paired_difference', 'paired_table', 'format_difference', 'differences_to', 'differences_over_cells',
+           'detectable_difference']
 
 # %% ../nbs/13_stats.ipynb #05aefe4b
 def _refuse(pairs, problem, fix):
@@ -95,3 +96,69 @@ def differences_to(
     methods = methods or [m for m in rows.method.unique() if m != against]
     found = {m: paired_difference(rows, value, m, against, pair_by) for m in methods}
     return pd.DataFrame(found).T.astype(dict(wins=int, ties=int, n=int))
+
+# %% ../nbs/13_stats.ipynb #5f2396eb
+def _clustered_error(d, cells, clusters):
+    "Return the standard error of the mean of cell means, and the number of clusters"
+    of_cell = d.groupby(cells)
+    parts = (d - of_cell.transform('mean')) / of_cell.transform('size')
+    parts = parts.groupby([*dict.fromkeys([*cells, *clusters])]).sum() / of_cell.ngroups
+    n = parts.groupby(cells).transform('size')  # clusters in the cell
+    sums = (parts * (n / (n - 1)) ** 0.5).groupby(clusters).sum()
+    return (sums.pow(2).sum() ** 0.5 if n.min() > 1 else float('nan')), len(sums)
+
+# %% ../nbs/13_stats.ipynb #637ac0d1
+def _over_cells(d, cells, clusters):
+    "Summarize the differences of several cells, for these cells and for new ones"
+    unnamed = d.index[d.index.to_frame().isna().any(axis=1)]
+    _refuse(unnamed, 'NaN cannot name a pair, as in', 'fill it in')
+    of_cells = [part for _, part in d.groupby(cells)]
+    means = pd.Series([part.mean() for part in of_cells])
+    mean, k, (error, g) = means.mean(), len(means), _clustered_error(d, cells, clusters)
+    half = stats.t.ppf(0.975, g - 1) * error
+    new = stats.t.ppf(0.975, k - 1) * means.sem()
+    f_test = stats.f_oneway(*of_cells).pvalue if 1 < k < len(d) else float('nan')
+    return dict(mean=mean, low=mean - half, high=mean + half,
+                wins=(d > 0).sum(), ties=(d == 0).sum(), n=len(d),
+                p=2 * stats.t.sf(abs(mean) / error, g - 1),
+                low_new=mean - new, high_new=mean + new, cells=k, clusters=g,
+                cells_differ=f_test)
+
+# %% ../nbs/13_stats.ipynb #9d114fb6
+def _holm(p):
+    "Return p-values adjusted by Holm's step-down method; NaN counts as no test"
+    ordered = p.sort_values()
+    scaled = ordered * ordered.rank(ascending=False, method='max')
+    return scaled.cummax().clip(upper=1).reindex(p.index)
+
+# %% ../nbs/13_stats.ipynb #06713153
+def differences_over_cells(
+    rows: pd.DataFrame,  # a row per run, with a column `method`
+    value: str,  # column to compare
+    pair_by: list[str],  # columns that make a pair within a cell, such as the seed
+    cells: list[str],  # columns that make a cell, such as data set and network
+    clusters: list[str],  # columns that make a cluster, such as the split
+    against: str = 'plain',  # method to compare with
+    methods: list[str] | None = None,  # methods of interest; None for all others
+) -> pd.DataFrame:  # a row per method: intervals, p-values and counts, listed below
+    "Compare several methods with one, for these cells and for new ones"
+    pair_by = [*dict.fromkeys([*cells, *clusters, *pair_by])]
+    methods = methods or [m for m in rows.method.unique() if m != against]
+    d = {m: _differences(rows, value, m, against, pair_by, 'method') for m in methods}
+    table = pd.DataFrame({m: _over_cells(d[m], cells, clusters) for m in methods}).T
+    table.insert(table.columns.get_loc('p') + 1, 'p_holm', _holm(table.p))
+    counts = 'wins', 'ties', 'n', 'cells', 'clusters'
+    return table.astype(dict.fromkeys(counts, int))
+
+# %% ../nbs/13_stats.ipynb #d76976c4
+def detectable_difference(
+    sd: float,  # standard deviation of the pairs' differences, in the value's unit
+    n: int,  # number of pairs
+    power: float = 0.8,  # probability of detecting it; at least 0.5
+) -> float:  # in the value's unit
+    "Compute the smallest true difference that a 5 % paired t-test detects"
+    if n < 2: raise ValueError(f'n is {n}; a test needs at least 2 pairs')
+    if not 0.5 <= power < 1: raise ValueError(
+        f'power is {power}; it must be at least 0.5 and below 1, such as 0.8')
+    limit = stats.t.ppf(0.975, n - 1)
+    return sd / n ** 0.5 * special.nctdtrinc(n - 1, 1 - power, limit)

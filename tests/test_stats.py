@@ -2,6 +2,7 @@
 import subprocess
 import sys
 from collections import defaultdict
+from itertools import combinations
 from math import sqrt
 from statistics import mean, stdev
 
@@ -10,7 +11,8 @@ import pandas as pd
 import pytest
 from scipy.stats import t
 
-from sgdrop.stats import differences_to, paired_difference, paired_table
+from sgdrop.stats import (
+    differences_over_cells, differences_to, paired_difference, paired_table)
 
 PAIR = ['data', 'arch', 'seed']
 METHODS = ['plain', 'sgdrop', 'cutout']
@@ -76,6 +78,80 @@ def test_another_column_can_name_the_methods():
 def test_incomplete_tables_are_refused(change, message):
     rows = change(pd.DataFrame(made_rows()).sort_values(PAIR))
     with pytest.raises(ValueError, match=message): differences_to(rows, 'nll', PAIR)
+
+
+# Several cells
+
+CELLS = ['data', 'arch']
+
+
+def rows_with_splits(n_methods=3, n_splits=3):
+    "Five seeds on three splits; the cells with data b lack two seeds"
+    rows = pd.DataFrame(made_rows())
+    rows = rows[rows.method.isin(METHODS[:n_methods])]
+    rows = rows[(rows.data == 'a') | (rows.seed < 3)]
+    return rows.assign(split=rows.seed % n_splits)
+
+
+def over_cells(rows): return differences_over_cells(rows, 'nll', PAIR, CELLS, ['split'])
+
+
+def slow_over_cells(rows, method):
+    "Return the mean of cell means and its standard error, in plain Python"
+    runs = {(r.data, r.arch, r.split, r.seed, r.method): r.nll
+            for r in rows.itertuples()}
+    in_cells = defaultdict(list)
+    for (data, arch, split, seed, name), nll in runs.items():
+        if name != method: continue
+        d = nll - runs[data, arch, split, seed, 'plain']
+        in_cells[data, arch].append((split, d))
+    of_split, means = defaultdict(float), []
+    for pairs in in_cells.values():
+        n = len({split for split, _ in pairs})
+        means.append(mean(d for _, d in pairs))
+        for split, d in pairs:
+            of_split[split] += sqrt(n / (n - 1)) * (d - means[-1]) / len(pairs)
+    return mean(means), sqrt(sum(x ** 2 for x in of_split.values())) / len(means)
+
+
+def test_intervals_over_cells_agree_with_plain_python():
+    rows = rows_with_splits()
+    for method, found in over_cells(rows).iterrows():
+        expected, error = slow_over_cells(rows, method)
+        half = t.ppf(0.975, 2) * error
+        assert found[['mean', 'low', 'high']].tolist() == pytest.approx(
+            [expected, expected - half, expected + half], abs=1e-12)
+        assert found.p == pytest.approx(2 * t.sf(abs(expected) / error, 2), abs=1e-12)
+        assert found[['n', 'cells', 'clusters']].tolist() == [16, 4, 3]
+
+
+def test_p_values_are_adjusted_for_all_methods():
+    # Holm's method tests each set of hypotheses that has this one (closed testing).
+    table = over_cells(rows_with_splits())
+    sets = [s for k in (1, 2) for s in combinations(table.index, k)]
+    for method, found in table.iterrows():
+        worst = max(len(s) * table.p[list(s)].min() for s in sets if method in s)
+        assert found.p_holm == pytest.approx(min(1, worst))
+
+
+def test_intervals_are_missing_where_nothing_varies():
+    rows = rows_with_splits(n_methods=2)
+    one_cell = over_cells(rows[(rows.data == 'a') & (rows.arch == 'vgg')]).iloc[0]
+    missing = ['low_new', 'high_new', 'cells_differ']
+    assert set(one_cell.index[one_cell.isna()]) == set(missing)
+    one_split = over_cells(rows.assign(split=0)).iloc[0]
+    missing = ['low', 'high', 'p', 'p_holm']
+    assert set(one_split.index[one_split.isna()]) == set(missing)
+    # One cell with a single split has an unknown part in the error of all.
+    some = over_cells(rows[(rows.data == 'a') | (rows.split == 0)]).iloc[0]
+    assert set(some.index[some.isna()]) == set(missing) and some.clusters == 3
+
+
+def test_a_cluster_without_a_name_is_refused():
+    rows = rows_with_splits()
+    rows = rows.assign(split=rows.split.where(rows.seed != 4))
+    message = 'NaN cannot name a pair, as in data=a, arch=.*, split=nan, seed=4;'
+    with pytest.raises(ValueError, match=message): over_cells(rows)
 
 
 def test_it_needs_neither_torch_nor_fastai_nor_the_package():

@@ -85,7 +85,7 @@ def fake_step(**settings):
 
 @pytest.mark.parametrize('settings', [
     {}, dict(target='label', p=0.5), dict(teacher='head', target='label'),
-    dict(teacher='full', p=0.5)])
+    dict(teacher='full', p=0.5), dict(rounds=2)])
 def test_a_step_reads_no_value(settings): fake_step(**settings)
 
 
@@ -94,12 +94,46 @@ def test_a_step_that_reads_a_value_is_found():
     with pytest.raises(DataDependentOutputException): fake_step(fill=reads)
 
 
+# Rounds
+
+def masks(cut=True, **settings):
+    sgdrop, steps = SGDrop(net().train(), X, **settings), []
+    if not cut: sgdrop.heads = []
+    sgdrop.observers.append(steps.append)
+    step(sgdrop)
+    return steps[0].Ms
+
+
+@pytest.mark.parametrize('settings', [
+    {}, dict(teacher='full'), dict(teacher='head'),
+    dict(attribution=LayerGradientXActivation)])
+def test_each_round_drops_a_share_of_what_is_left(settings):
+    one, two, three = (masks(rho=0.5, rounds=n, **settings)[0].flatten(1)
+                       for n in (1, 2, 3))
+    n = one.shape[1]
+    for M, share in ((one, 1 / 2), (two, 3 / 4), (three, 7 / 8)):
+        assert (~M).sum(1).le(share * n).all() and (~M).sum(1).max() > 0
+    assert not (two & ~one).any() and not (three & ~two).any() and not two.equal(one)
+
+
+def test_several_layers_have_rounds_of_their_own():
+    torch.manual_seed(0)
+    cut = masks(layer=['0', '1'], rounds=2)
+    for once, twice in zip(masks(layer=['0', '1']), cut):
+        assert not (twice & ~once).any() and not twice.equal(once)
+
+
+def test_rounds_without_a_cut_are_those_with_one():
+    assert masks(rounds=2)[0].equal(masks(rounds=2, cut=False)[0])
+
+
 # The loop, fastai and Lightning train the same weights
 
 SETTINGS = dict(
     defaults={}, two_layers=dict(layer=['0', '1'], teacher='head', clean_weight=0.),
     early_layer=dict(layer='0', p=0.5), full=dict(teacher='full'),
-    label=dict(target='label', granularity='element', fill='zero'))
+    label=dict(target='label', granularity='element', fill='zero'),
+    rounds=dict(rounds=3, rho=0.3))
 ITEMS = [(image, label) for x, y in BATCHES for image, label in zip(x, y)]
 
 

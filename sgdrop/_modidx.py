@@ -54,6 +54,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sgdrop.data': { 'sgdrop.data._MemoryLoader': ('data.html#_memoryloader', 'sgdrop/data.py'),
                              'sgdrop.data._MemoryLoader.create_batch': ('data.html#_memoryloader.create_batch', 'sgdrop/data.py'),
                              'sgdrop.data._MemoryLoader.create_item': ('data.html#_memoryloader.create_item', 'sgdrop/data.py'),
+                             'sgdrop.data._MemoryLoader.tensors': ('data.html#_memoryloader.tensors', 'sgdrop/data.py'),
                              'sgdrop.data._photographs': ('data.html#_photographs', 'sgdrop/data.py'),
                              'sgdrop.data.action_name': ('data.html#action_name', 'sgdrop/data.py'),
                              'sgdrop.data.bar': ('data.html#bar', 'sgdrop/data.py'),

@@ -96,10 +96,15 @@ def with_cue(
 
 # %% ../nbs/12_data.ipynb #53355b4b
 class _MemoryLoader(TfmdDL):
-    def create_item(self, i): return i or 0  # fastai asks for None to try a loader
-    def create_batch(self, ids):
-        x, y = self.dataset.tensors
-        return TensorImage(x[ids]), TensorCategory(y[ids])
+    @property
+    def tensors(self):  # None for new images, such as those of `learn.predict`
+        return vars(self.dataset).get('tensors')
+    def create_item(self, i):  # fastai asks for None to try a loader
+        return i or 0 if self.tensors else super().create_item(i)
+    def create_batch(self, items):
+        if not self.tensors: return super().create_batch(items)
+        x, y = self.tensors
+        return TensorImage(x[items]), TensorCategory(y[items])
 
 def memory_loader(
     x: Tensor,  # images, uint8, N×3×H×W

@@ -13,7 +13,7 @@ from fastai.optimizer import SGD
 from PIL import Image
 
 from networks import images, small_network
-from sgdrop.data import IMAGENETTE_CLASSES, missing_sets
+from sgdrop.data import DOMAINS, IMAGENETTE_CLASSES, missing_sets
 
 # the same examples in every run, and no folder of examples left behind
 hypothesis.settings.register_profile(
@@ -82,7 +82,7 @@ def noise_picture(path, rng, size=24):
 
 @pytest.fixture(scope='session')
 def tiny_sets(tmp_path_factory):
-    "Folders with the structure of Imagenette and Flowers17, filled with noise"
+    "Folders with the structure of the image sets, filled with noise"
     folder, rng = tmp_path_factory.mktemp('sets'), np.random.default_rng(0)
     for wnid in IMAGENETTE_CLASSES:
         for part, n in dict(train=8, val=4).items():
@@ -91,4 +91,11 @@ def tiny_sets(tmp_path_factory):
                 noise_picture(path, rng)
     for i in range(1360):
         noise_picture(folder / 'flowers17' / 'jpg' / f'image_{i + 1:04}.jpg', rng)
+    for part, n in dict(train=40, test=104).items():
+        for i in range(n):
+            for action in ('diving', 'pole_vaulting'):
+                noise_picture(folder / 'bar' / part / f'{action}_{i}.jpg', rng)
+    for domain in DOMAINS:
+        for i in range(40):
+            noise_picture(folder / 'pacs' / domain / f'dog{i % 2}' / f'{i}.jpg', rng)
     return folder

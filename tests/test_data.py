@@ -8,8 +8,9 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor, nn
 
 from sgdrop.data import (
-    CUES, FLOWERS17_CLASSES, IMAGENETTE_CLASSES, cue_regions, fetch_set, flowers17,
-    imagenette, noisy_digits, shortcut_digits, with_cue)
+    CUES, FLOWERS17_CLASSES, IMAGENETTE_CLASSES, SHORTCUTS, class_colours, cue_regions,
+    fetch_set, flowers17, imagenette, noisy_digits, shortcut_digits,
+    shortcut_photographs, squares, with_cue)
 
 MEANS = dict(present=(.343959, .344455, .345330), absent=(.326632, .326732, .326941),
              misleading=(.344583, .345079, .343997))  # of red, green and blue
@@ -76,6 +77,30 @@ def test_a_learner_predicts_single_digits(digits):
     learn = Learner(digits, net, loss_func=CrossEntropyLossFlat())
     label, index, probabilities = learn.predict(digits.valid_ds[0][0])
     assert label in digits.vocab and 0 <= index < 10 and len(probabilities) == 10
+
+
+def test_most_training_images_have_the_cue_of_their_class(tiny_sets):
+    files = sorted((tiny_sets / 'imagenette' / 'train').rglob('*.JPEG'))
+    found = {}
+    for correlation in (1., 0.5, None):
+        dls = shortcut_photographs(files, files, correlation=correlation, size=32, bs=8)
+        (x, y), whole = dls.train.dataset.tensors, squares(tuple(files), 40)
+        painted = (x != whole).any(1, keepdim=True)
+        colours = (class_colours(10)[y] * 255).byte()[:, :, None, None]
+        found[correlation] = [m.any((1, 2, 3)).float().mean().item() for m in
+                              (painted, (x == colours).all(1, keepdim=True) & painted)]
+    assert found[1.] == [1, 1] and found[None] == [0, 0]
+    assert found[0.5][0] == 1 and 0.3 < found[0.5][1] < 0.7
+
+
+def test_the_cue_does_not_depend_on_the_random_state(tiny_sets):
+    files = sorted((tiny_sets / 'imagenette' / 'val').rglob('*.JPEG'))
+    def images(cue, **kwargs):
+        dls = shortcut_photographs(files, files, cue=cue, size=32, **kwargs)
+        return dls.train.dataset.tensors[0]
+    for cue in SHORTCUTS:
+        assert images(cue).equal(images(cue))
+        assert not images(cue).equal(images(cue, seed=1))
 
 
 def test_flowers17_uses_each_photograph_once(with_tiny_sets):

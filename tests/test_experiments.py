@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sgdrop.data import CUES
 from sgdrop.dropout import SGDrop
-from sgdrop.experiments import benchmark, tutorials
+from sgdrop.experiments import benchmark, shortcuts, training, tutorials
 from sgdrop.experiments.benchmark import chosen
 from sgdrop.experiments.main import experiments, main
 from sgdrop.experiments.runner import TABLES, rows, settings_key
@@ -68,7 +69,7 @@ def test_the_chosen_settings_have_the_best_mean_of_their_tries():
 @pytest.fixture
 def tiny_images(tiny_sets, monkeypatch):
     "Let the experiments train on few small images of noise"
-    for module in ('data', 'experiments.training'):
+    for module in ('data', 'experiments.training', 'experiments.shortcuts'):
         monkeypatch.setattr(f'sgdrop.{module}.fetch_set', lambda name: tiny_sets / name)
     for name in ('imagenette', 'flowers17'):
         few = partial(getattr(tutorials, name), size=32)
@@ -113,6 +114,30 @@ def test_a_run_of_the_benchmark(tiny_images):
                     split_seed=0, seed=0, epochs=1, recipe=dict(sgdrop={}))
     row = stored(benchmark._run(settings))
     assert 0 <= row['accuracy'] <= 1 and 'step_ratio' not in row
+
+
+SMALL_RUN = dict(seed=0, split_seed=0, part='test', share=0.007, size=32, epochs=1,
+                 correlation=None, train_correlation=None, arch='resnet')
+
+
+@pytest.mark.parametrize('dataset, cue, recipe', [
+    ('imagenette', 'watermark', dict(sgdrop=dict(rounds=2))),
+    ('imagenette', 'frame', dict(rsc={})), ('bar', 'place', dict(jtt=dict(epochs=1))),
+    ('pacs/sketch', 'style', dict(decoupling=dict(penalty=0.1))),
+    ('flowers17', None, dict(weight_decay=dict(wd=0.1)))])
+def test_a_run_with_each_kind_of_shortcut(dataset, cue, recipe, tiny_images, monkeypatch):
+    monkeypatch.setattr(training, 'PHOTOGRAPHS', {
+        name: data._replace(n_tuning=1, per_class=1000)
+        for name, data in training.PHOTOGRAPHS.items()})
+    painted = cue in ('watermark', 'frame')
+    if painted: correlation = dict(correlation=0.95, train_correlation=0.95)
+    settings = SMALL_RUN | dict(dataset=dataset, cue=cue, recipe=recipe)
+    row = stored(shortcuts._run(settings | (correlation if painted else {})))
+    assert list(row)[:3] == ['present', 'absent', 'misleading']
+    assert [row[cue] is None for cue in row if cue in CUES] == [
+        not cue, False, not painted]
+    assert ('on_cue' in row) == painted
+    assert (row['kept'] is not None) == ('sgdrop' in recipe)
 
 
 def test_a_refused_network_makes_a_row_that_says_why():

@@ -125,7 +125,8 @@ SMALL_RUN = dict(seed=0, split_seed=0, part='test', share=0.007, size=32, epochs
     ('imagenette', 'frame', dict(rsc={})), ('bar', 'place', dict(jtt=dict(epochs=1))),
     ('pacs/sketch', 'style', dict(decoupling=dict(penalty=0.1))),
     ('flowers17', None, dict(weight_decay=dict(wd=0.1)))])
-def test_a_run_with_each_kind_of_shortcut(dataset, cue, recipe, tiny_images, monkeypatch):
+def test_a_run_with_each_kind_of_shortcut(
+        dataset, cue, recipe, tiny_images, monkeypatch):
     monkeypatch.setattr(training, 'PHOTOGRAPHS', {
         name: data._replace(n_tuning=1, per_class=1000)
         for name, data in training.PHOTOGRAPHS.items()})

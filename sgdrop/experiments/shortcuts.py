@@ -179,7 +179,7 @@ _FRAME = [('imagenette', 'frame', 0.95, arch) for arch in _SMALL]
 _BAR = [('bar', 'place', None, arch) for arch in _SMALL]
 _PACS = [(f'pacs/{domain}', 'style', None, 'resnet') for domain in DOMAINS]
 
-# %% ../../nbs/experiments/06_shortcuts.ipynb #e31c7e1f
+# %% ../../nbs/experiments/06_shortcuts.ipynb #7aaa1bfe
 # name → settings that differ from SGDrop's defaults
 IDEAS: dict[str, dict] = {
     'defaults': {}, 'rho 0.3': dict(rho=0.3), 'rho 0.75': dict(rho=0.75),
@@ -192,15 +192,17 @@ IDEAS: dict[str, dict] = {
     'rounds 2, swap': dict(rounds=2, fill='swap'),
     'rounds 2, gradcam': dict(rounds=2, attribution='gradcam'),
     'rounds 2, label': dict(rounds=2, target='label'),
-    'rounds 2, larger map': dict(rounds=2, layer='larger')}
+    'rounds 2, larger map': dict(rounds=2, layer='larger'),
+    'rounds 2, block earlier': dict(rounds=2, layer='earlier'),
+    'rounds 3, rho 0.3, clean 0.75': dict(rounds=3, rho=0.3, clean_weight=0.75)}
 
-# network → name of a layer whose map has 16×16 positions
-_LARGER = dict(resnet='1.1', vgg='1.9')
+# name of a layer whose map has 16×16 positions, and of one a block before the last map
+_DEPTHS = dict(larger=dict(resnet='1.1', vgg='1.9'), earlier=_EARLIER)
 
 def _idea(change, arch):
     "Return an idea as a recipe"
-    layer = dict(layer=_LARGER[arch]) if 'layer' in change else {}
-    return dict(sgdrop=change | layer)
+    depth = change.get('layer')
+    return dict(sgdrop=change | (dict(layer=_DEPTHS[depth][arch]) if depth else {}))
 
 def _ideas_plan():
     "Return runs of all ideas, alone and with CutMix, seed by seed"
@@ -208,14 +210,15 @@ def _ideas_plan():
     def recipes(arch):
         ideas = {name: _idea(change, arch) for name, change in IDEAS.items()}
         both = {f'{name}, cutmix': ideas[name] | cutmix for name in
-                ('defaults', 'rounds 2')}
+                ('defaults', 'rounds 2', 'rounds 2, clean 0.75')}
         return dict(plain={}, ceiling={}, cutmix=cutmix) | ideas | both
     return [run for seed in (140, 141) for cell in WATERMARK
             for run in _runs(recipes(cell[3]).items(), [cell], [seed], 'tuning')]
 
-# %% ../../nbs/experiments/06_shortcuts.ipynb #27bc61b8
-_SGDROP = [dict(rho=0.3), {}, dict(rho=0.7), dict(rho=0.3, rounds=2), dict(rounds=2),
-           dict(rounds=2, clean_weight=0.25)]
+# %% ../../nbs/experiments/06_shortcuts.ipynb #25fefd34
+_SGDROP = [dict(rounds=2, rho=0.3, clean_weight=0.75),
+           dict(rounds=2, clean_weight=0.75), dict(rounds=2, rho=0.3), dict(rounds=2),
+           dict(rounds=3, rho=0.3), dict(rounds=2, clean_weight=0.25)]
 # method → its tries, each a recipe, from mild to strong
 TRIES: dict[str, list[dict[str, dict]]] = dict(
     plain=[dict(weight_decay=dict(wd=wd)) for wd in (0.001, 0.01, 0.03, 0.1, 0.3, 1.)],

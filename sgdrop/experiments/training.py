@@ -319,6 +319,8 @@ def in_memory(
         loader(train, 80, random_crops(64), bs=64, shuffle=True, drop_last=True),
         loader(shown, 64, bs=256))
     dls.vocab = data.vocab
+    # fastai then tries a batch to count the inputs, as it did for the committed tables
+    del dls.train.dataset.n_inp
     return dls
 
 # %% ../../nbs/experiments/00_training.ipynb #4cc77cb7

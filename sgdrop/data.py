@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from .mask import check_fraction
+
 # %% auto #0
 __all__ = ['CUES', 'CUE_COLOURS', 'IMAGE_SETS', 'IMAGENETTE_CLASSES', 'FLOWERS17_CLASSES', 'DOMAINS', 'SHORTCUTS', 'noisy_digits',
            'cue_regions', 'class_colours', 'shown_classes', 'with_cue', 'memory_loader', 'shortcut_digits',
@@ -371,7 +373,12 @@ def shortcut_photographs(
     "Load photographs with a cue; in the tests it may be absent or misleading"
     if cue not in SHORTCUTS: raise ValueError(
         f'cue must be one of {list(SHORTCUTS)}, got {cue!r}')
+    if correlation: check_fraction('correlation', correlation, closed=True)
+    if len(train) < bs: raise ValueError(
+        f'{len(train)} training images do not fill a batch of {bs}; use a smaller bs')
     vocab = sorted({label(f) for f in train})
+    if unknown := {label(f) for f in test} - set(vocab): raise ValueError(
+        f'test images have classes that training images lack: {sorted(unknown)}')
     def images(files, size, share_right, seed):
         y = torch.tensor([vocab.index(label(f)) for f in files])
         x = squares(tuple(files), size)
@@ -384,7 +391,7 @@ def shortcut_photographs(
     # larger than needed, since a crop enlarges a part of it
     dls = DataLoaders(loader(train, round(1.25 * size), correlation, seed,
                              random_crops(size), bs=bs, shuffle=True, drop_last=True),
-                      tests['present'])
+                      loader(test, size, correlation, seed + 1, bs=4 * bs))
     dls.tests, dls.vocab = tests, vocab
     dls.cue_regions = images(test, size, 1., seed + 1)[0][1]
     return dls

@@ -353,7 +353,7 @@ def harm_undone(
                                         high=share + half, n=n)
     return pd.DataFrame(found).T.rename_axis([*CELL, 'method'])
 
-# %% ../../nbs/experiments/06_shortcuts.ipynb #b83191da
+# %% ../../nbs/experiments/06_shortcuts.ipynb #2a27e9f0
 _SETS = 'imagenette', 'flowers17', 'bar', 'pacs'
 # the experiments of this page
 EXPERIMENTS = [

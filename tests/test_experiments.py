@@ -29,7 +29,7 @@ FIELDS = ['method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_
 
 # Tables
 
-UNFINISHED = {'search_sgdrop', 'search_shortcuts', 'shortcuts', 'shortcuts_upper_bound',
+UNFINISHED = {'search_sgdrop', 'search_convnext', 'search_shortcuts', 'shortcuts', 'shortcuts_upper_bound',
               'shortcuts_transfer'}  # tables that are being made
 
 

@@ -122,7 +122,7 @@ def _focus(model, arch, batches, with_cue, regions):
     A = torch.cat([A for *_, A in attributed(with_cue, model)])
     return areas | dict(on_cue=relevance_mass(A, regions).nanmean().item())
 
-# %% ../../nbs/experiments/06_shortcuts.ipynb #ec93e0d5
+# %% ../../nbs/experiments/06_shortcuts.ipynb #b92f7d3c
 def _accuracies(learn):
     "Return the accuracy by cue, and more about the images without it"
     found, tests = dict.fromkeys(CUES), learn.dls.tests
@@ -144,7 +144,8 @@ def _run(s):
     network = partial(small_network, s['arch'])
     learn, cbs = new_learner(partial(_loaders, s), network, s['seed'], s['recipe'])
     began = time.process_time()
-    fit(learn, s['epochs'], BFloat16(), *cbs, lr=SMALL_NETWORKS[s['arch']][1])
+    lr = s.get('lr') or SMALL_NETWORKS[s['arch']][1]
+    fit(learn, s['epochs'], BFloat16(), *cbs, lr=lr)
     seconds = round(time.process_time() - began, 1)
     found, tests, focus = _accuracies(learn), learn.dls.tests, {}
     if s['part'] == 'test':
@@ -309,7 +310,18 @@ def _upper_bound_plan(folder):
     other = [(name, recipe) for name, recipe in best.items() if recipe != usual[name]]
     return _runs(other, WATERMARK, range(200, 205), 'test')
 
-# %% ../../nbs/experiments/06_shortcuts.ipynb #f4646a05
+# %% ../../nbs/experiments/06_shortcuts.ipynb #bc6a9cd9
+def _convnext_plan():
+    "Return ten plain trainings of a ConvNeXt, on ordinary images"
+    tries = [('convnext', 40, 3e-3), ('convnext', 120, 3e-3), ('convnext', 120, 1e-3),
+             ('convnext', 120, 1e-2), ('convnext_stem', 40, 1e-3),
+             ('convnext_stem', 40, 3e-3), ('convnext_stem', 40, 1e-2),
+             ('convnext_stem', 120, 1e-3), ('convnext_stem', 120, 3e-3),
+             ('convnext_stem', 120, 1e-2)]
+    return [run | dict(epochs=epochs, lr=lr) for arch, epochs, lr in tries for run in
+            _runs([('plain', {})], [('imagenette', None, None, arch)], [160], 'tuning')]
+
+# %% ../../nbs/experiments/06_shortcuts.ipynb #1c006102
 def _run_transfer(s):
     "Train a body with one method, and tune it on two other sets"
     network, found = partial(small_network, s['arch']), {}
@@ -335,7 +347,7 @@ def _transfer_plan(folder):
                  split_seed=seed, epochs=20)
             for seed in range(200, 203) for name in ('plain', 'sgdrop', 'mixup')]
 
-# %% ../../nbs/experiments/06_shortcuts.ipynb #ec614b53
+# %% ../../nbs/experiments/06_shortcuts.ipynb #71ac042a
 def harm_undone(
     table: pd.DataFrame,  # reported rows, with the methods 'plain' and 'ceiling'
 ) -> pd.DataFrame:  # 'mean', 'low', 'high' and 'n', a row per cell and method
@@ -353,12 +365,14 @@ def harm_undone(
                                         high=share + half, n=n)
     return pd.DataFrame(found).T.rename_axis([*CELL, 'method'])
 
-# %% ../../nbs/experiments/06_shortcuts.ipynb #2a27e9f0
+# %% ../../nbs/experiments/06_shortcuts.ipynb #01925fa1
 _SETS = 'imagenette', 'flowers17', 'bar', 'pacs'
 # the experiments of this page
 EXPERIMENTS = [
     Experiment('search_sgdrop', _ideas_plan(), _run, '1.5 hours', _SETS[:1], 'absent'),
     Experiment('search_shortcuts', _SEARCH, _run, '2.5 hours', _SETS[::2], 'absent'),
+    Experiment('search_convnext', _convnext_plan(), _run, '25 minutes', _SETS[:1],
+               'absent'),
     Experiment('shortcuts', _report_plan, _run, '9 hours', _SETS, 'absent'),
     Experiment('shortcuts_upper_bound', _upper_bound_plan, _run, '1.5 hours', _SETS[:1],
                'absent'),

@@ -60,19 +60,25 @@ def _vgg(n_out):
     head = nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128 * 4 * 4, 128), nn.ReLU()
     return body, nn.Sequential(*head), nn.Linear(128, n_out)
 
-def _convnext(n_out):
+def _convnext(n_out, stem=None):
     blocks = [CNBlockConfig(32, 64, 1), CNBlockConfig(64, None, 2)]
     net = ConvNeXt(blocks, stochastic_depth_prob=0., layer_scale=0.1, num_classes=n_out)
+    if stem: net.features[0] = stem
     head = nn.Sequential(net.avgpool, *net.classifier[:-1])
     return net.features, head, net.classifier[-1]
+
+def _convnext_stem(n_out):
+    stem = nn.Sequential(ConvLayer(3, 16, stride=2), ConvLayer(16, 32, stride=2))
+    return _convnext(n_out, stem)
 
 def _resnet18(n_out):
     *body, pool, linear = resnet18(num_classes=n_out).children()
     return nn.Sequential(*body), nn.Sequential(pool, nn.Flatten()), linear
 
 # name → maker of the three parts, and the largest learning rate
-SMALL_NETWORKS = dict(resnet=(_resnet, 5e-3), vgg=(_vgg, 3e-3),
-                      convnext=(_convnext, 3e-3), resnet18=(_resnet18, 3e-3))
+SMALL_NETWORKS = dict(
+    resnet=(_resnet, 5e-3), vgg=(_vgg, 3e-3), convnext=(_convnext, 3e-3),
+    convnext_stem=(_convnext_stem, 3e-3), resnet18=(_resnet18, 3e-3))
 
 # %% ../../nbs/experiments/00_training.ipynb #bab5b793
 def small_network(

@@ -175,7 +175,9 @@ def shuffled_attribution(
 ) -> Callable:  # attribution function of (head, z, classes)
     "Return a control: the values of another attribution in random places of the map"
     def attribution(head, z, classes):
-        A = attribute(head, z, classes, method)
-        order = torch.rand_like(A).flatten(1).argsort(1)
-        return A.flatten(1).gather(1, order).view_as(A)
+        rows = attribute(head, z, classes, method).flatten(2)
+        for dim in (1, 2):  # channels, then positions
+            chance = torch.rand_like(rows.narrow(3 - dim, 0, 1))
+            rows = rows.take_along_dim(chance.argsort(dim), dim)
+        return rows.unflatten(2, z.shape[2:])
     return attribution

@@ -160,13 +160,13 @@ def _run(s):
     return found | focus | dict(kept=kept[0] if kept else None, warned=warned(cbs),
                                 seconds=seconds)
 
-# %% ../../nbs/experiments/06_shortcuts.ipynb #fad266c3
-CELL = ['dataset', 'cue', 'correlation', 'arch']  # columns that name a cell
+# %% ../../nbs/experiments/06_shortcuts.ipynb #80b46b2c
+CELL = ['dataset', 'cue', 'correlation', 'arch', 'share']  # columns that name a cell
 _EPOCHS = {('imagenette', 0.05): 60, ('imagenette', 0.25): 20}  # 40 in all others
 
 def _runs(methods, cells, seeds, part, share=0.1, size=64):
     "Return a run of each method, a pair of name and recipe, in each cell"
-    return [dict(zip(CELL, cell), method=name, seed=seed, split_seed=seed, part=part,
+    return [dict(zip(CELL[:4], cell), method=name, seed=seed, split_seed=seed, part=part,
                  share=share, size=size, recipe=recipe,
                  epochs=_EPOCHS.get((cell[0], share), 40),
                  train_correlation=None if name == 'ceiling' else cell[2])

@@ -1,5 +1,5 @@
 "The names that most users need; import all others from their modules"
-from sgdrop.attribution import attribute, captum_attribution, shuffled_attribution
+from sgdrop.attribution import attribute, captum_attribution, random_attribution
 from sgdrop.callback import SGDropCallback
 from sgdrop.data import few_per_class, flowers17, imagenette, shortcut_digits
 from sgdrop.dropout import SGDrop

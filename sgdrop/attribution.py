@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['GRAPH_METHODS', 'main_output', 'class_logits', 'class_mask', 'grad_x_act', 'captum_attribution',
-           'attribution_function', 'no_side_effects', 'attribute', 'shuffled_attribution']
+           'attribution_function', 'no_side_effects', 'attribute', 'random_attribution']
 
 # %% ../nbs/00_attribution.ipynb #80c99186
 def main_output(
@@ -170,14 +170,10 @@ def attribute(
     return A.detach().as_subclass(Tensor).float().clamp(min=0)
 
 # %% ../nbs/00_attribution.ipynb #7f9b5133
-def shuffled_attribution(
-    method: str | type | Callable = 'grad_x_act',  # see `attribute`
-) -> Callable:  # attribution function of (head, z, classes)
-    "Return a control: the values of another attribution in random places of the map"
-    def attribution(head, z, classes):
-        rows = attribute(head, z, classes, method).flatten(2)
-        for dim in (1, 2):  # channels, then positions
-            chance = torch.rand_like(rows.narrow(3 - dim, 0, 1))
-            rows = rows.take_along_dim(chance.argsort(dim), dim)
-        return rows.unflatten(2, z.shape[2:])
-    return attribution
+def random_attribution(
+    head: nn.Module,  # not used
+    z: Tensor,  # feature map, B×C×H×W
+    classes: Tensor,  # not used
+) -> Tensor:  # B×C×H×W, in [0, 1)
+    "Return a control: random values, for a random mask as large as a salient one"
+    return torch.rand(z.shape, device=z.device)  # in float32: few ties

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.vision.all import (
-    Categorize, DataLoaders, Datasets, Flip, IntToFloatTensor, Normalize, PILImage,
+    Categorize, DataLoaders, Datasets, Flip, IntToFloatTensor, L, Normalize, PILImage,
     RandomResizedCrop, TensorCategory, TensorImage, TfmdDL, ToTensor, URLs, Zoom,
     default_device, fastai_cfg, get_image_files, imagenet_stats, parent_label,
     setup_aug_tfms, untar_data)
@@ -26,7 +26,7 @@ from .mask import check_fraction
 __all__ = ['CUES', 'CUE_COLOURS', 'IMAGE_SETS', 'IMAGENETTE_CLASSES', 'FLOWERS17_CLASSES', 'DOMAINS', 'SHORTCUTS', 'noisy_digits',
            'cue_regions', 'class_colours', 'shown_classes', 'with_cue', 'memory_loader', 'shortcut_digits',
            'few_per_class', 'found_set', 'missing_sets', 'fetch_set', 'imagenette', 'flower_name', 'flowers17',
-           'action_name', 'bar', 'domain_files', 'pacs', 'squares', 'watermark', 'frame', 'random_crops',
+           'action_name', 'bar_files', 'bar', 'domain_files', 'pacs', 'squares', 'watermark', 'frame', 'random_crops',
            'shortcut_photographs']
 
 # %% ../nbs/12_data.ipynb #82b1a50f
@@ -80,7 +80,8 @@ def shown_classes(
     "Choose the class that the cue of each image shows"
     g = torch.Generator().manual_seed(seed)
     wrong = (y + torch.randint(1, n_classes, y.shape, generator=g)) % n_classes
-    return torch.where(torch.rand(len(y), generator=g) < share_right, y, wrong)
+    rank = torch.rand(len(y), generator=g).argsort().argsort()
+    return torch.where(rank < round(share_right * len(y)), y, wrong)
 
 # %% ../nbs/12_data.ipynb #6a018d18
 def with_cue(
@@ -267,6 +268,15 @@ def action_name(
     "Return the action in a file of BAR"
     return file.stem.rpartition('_')[0].replace('_', ' ')
 
+# %% ../nbs/12_data.ipynb #6c9d1d0e
+def bar_files(
+    part: str,  # 'train' or 'test'
+) -> L:  # of paths
+    "List the files of a part of BAR"
+    folder = fetch_set('bar')
+    files = get_image_files(folder).sorted()
+    return files.filter(lambda f: part in f.relative_to(folder).parts)
+
 # %% ../nbs/12_data.ipynb #b75cdabf
 def bar(
     size: int = 64,  # height and width, pixels
@@ -274,9 +284,7 @@ def bar(
     **kwargs: object,  # passed to fastai's `dataloaders`, such as `num_workers`
 ) -> DataLoaders:
     "Load BAR: 1,941 photographs for training, and 654 from other places"
-    files = get_image_files(fetch_set('bar')).sorted()
-    train, valid = (files.filter(lambda f: part in f.parts)
-                    for part in ('train', 'test'))
+    train, valid = (bar_files(part) for part in ('train', 'test'))
     return _photographs(train, valid, action_name, size, bs, **kwargs)
 
 # %% ../nbs/12_data.ipynb #e7eeb73c
@@ -323,9 +331,10 @@ def watermark(
 ) -> tuple[Tensor, Tensor]:  # images, and the regions: bool, N×1×H×H
     "Put a coloured square at a random place of each image"
     size = x.shape[-1]
-    regions = cue_regions(len(x), size, round(0.16 * size), seed, anywhere=True)
+    patch = round(0.16 * size)  # places and classes come from different seeds
+    regions = cue_regions(len(x), size, patch, 2 * seed + 1, anywhere=True)
     if share_right is None: return x, regions
-    shown = shown_classes(y, n_classes, share_right, seed)
+    shown = shown_classes(y, n_classes, share_right, 2 * seed)
     colours = (class_colours(n_classes)[shown, :, None, None] * 255).byte()
     return torch.where(regions, colours, x), regions
 
@@ -342,6 +351,8 @@ def frame(
     centre, edge = torch.zeros(1, 1, size, size, dtype=torch.bool), round(0.2 * size)
     centre[..., edge:-edge, edge:-edge] = True
     share_right = 1 / n_classes if share_right is None else share_right
+    if missing := set(range(n_classes)) - set(y.tolist()): raise ValueError(
+        f'a frame needs images of each class; there are none of {sorted(missing)}')
     shown, donors = shown_classes(y, n_classes, share_right, seed), y.clone()
     for k in shown.unique():
         of_class, todo = torch.where(y == k)[0], shown == k

@@ -153,10 +153,11 @@ def _rerun(network, heads, layers, xb, runs, fills):
     "Return the logits of filled feature maps, and these maps"
     zs = [fills[0](runs[0][-1])]
     def noting(fill):
-        def fill_later(z): return zs.append(fill(z)) or zs[-1]
+        def fill_later(z): return zs.append(fill(z)) or zs[-1].clone()
         return fill_later
-    again, inputs = (heads[0], zs[:1]) if heads else (network, xb)
-    edits = [] if heads else [(layers[0], lambda out: zs[0], len(runs[0]))]
+    # clones, since the next layer may change its input in place
+    again, inputs = (heads[0], [zs[0].clone()]) if heads else (network, xb)
+    edits = [] if heads else [(layers[0], lambda out: zs[0].clone(), len(runs[0]))]
     edits += zip(layers[1:], map(noting, fills[1:]))
     with no_side_effects(again, zs[0].device), ExitStack() as stack:
         for edit in edits: stack.enter_context(edited(network, *edit))

@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
@@ -16,10 +17,10 @@ from fastai.vision.all import (
     Callback, CancelValidException, ConvLayer, CrossEntropyLossFlat, CutMix,
     DataLoaders, LabelSmoothingCrossEntropyFlat, Learner, MixedPrecision, MixUp,
     ProgressCallback, ResBlock, SchedLin, SchedNo, accuracy, combine_scheds,
-    get_image_files, params, parent_label, set_seed, to_float)
+    TfmdDL, get_image_files, params, parent_label, set_seed, to_float)
 from fastcore.basics import noop
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from torchvision.models import resnet18
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.vgg import make_layers
@@ -27,7 +28,7 @@ from torchvision.ops import DropBlock2d
 from torchvision.transforms import RandomErasing
 
 from ..all import (
-    EMATeacher, SGDropCallback, few_per_class, saliency_mask, shuffled_attribution)
+    EMATeacher, SGDropCallback, few_per_class, random_attribution, saliency_mask)
 from ..attribution import class_mask
 from ..data import (
     FLOWERS17_CLASSES, IMAGENETTE_CLASSES, fetch_set, flower_name, memory_loader,
@@ -35,8 +36,9 @@ from ..data import (
 
 # %% auto #0
 __all__ = ['SMALL_NETWORKS', 'METHODS', 'RECIPES', 'AS_PUBLISHED', 'PHOTOGRAPHS', 'small_resnet', 'small_network',
-           'ErasePerImage', 'AverageWeights', 'RSC', 'spectral_decoupling', 'JTT', 'new_learner', 'SkipValidation',
-           'BFloat16', 'fit', 'warned', 'split_files', 'in_memory', 'take_turns', 'ratios', 'training_step']
+           'ErasePerImage', 'AverageWeights', 'RSC', 'spectral_decoupling', 'train_squares', 'JTT', 'new_learner',
+           'SkipValidation', 'BFloat16', 'fit', 'warned', 'split_files', 'in_memory', 'take_turns', 'ratios',
+           'training_step']
 
 # %% ../../nbs/experiments/00_training.ipynb #4c76ce68
 def small_resnet(
@@ -124,13 +126,14 @@ class AverageWeights(Callback):
 
 # %% ../../nbs/experiments/00_training.ipynb #c347fb44
 class RSC(Callback):
-    "Representation self-challenging, by channels (Huang et al. 2020, section 3)"
+    "Representation self-challenging (Huang et al. 2020, section 3)"
     run_valid, hook = False, None
     def __init__(self,
-        drop: float = 1 / 3,  # share of channels to mute, in [0, 1)
+        drop: float = 1 / 3,  # share of positions or channels to mute, in [0, 1)
         share: float = 1 / 3,  # of the images that are changed, in [0, 1]
     ): self.drop, self.share = drop, share
 
+    def before_fit(self): self.rng = torch.Generator().manual_seed(torch.initial_seed())
     def before_batch(self):
         self.after_pred()
         self.hook = self.learn.model[1].register_forward_hook(self._challenge)
@@ -140,12 +143,17 @@ class RSC(Callback):
         logits = head(leaf).float()
         labels = class_mask(self.y, logits)
         gradient, = torch.autograd.grad(logits[labels].sum(), leaf)
-        keep = saliency_mask(gradient.mean((2, 3), keepdim=True).relu(), self.drop)
+        score = gradient.mean((2, 3), keepdim=True)  # of channels
+        by_position = torch.rand((), generator=self.rng) < 0.5
+        if by_position: score = (score * leaf).sum(1, keepdim=True)
+        keep = saliency_mask(score - score.amin((1, 2, 3), keepdim=True), self.drop)
         with torch.no_grad():
-            loss = [cross_entropy(out.float(), self.y, reduction='none')
-                    for out in (logits, head(leaf * keep))]
-        most_changed = (loss[1].neg().exp() - loss[0].neg().exp()).argsort()
-        keep[most_changed[round(self.share * len(z)):]] = True
+            before, after = (cross_entropy(out.float(), self.y, reduction='none').neg()
+                             for out in (logits, head(leaf * keep)))
+        change = after.exp() - before.exp()
+        least_changed = change.argsort()[round(self.share * len(z)):]
+        keep[least_changed] = True
+        keep[change >= 0] = True
         return z * keep
 
     def after_pred(self):
@@ -163,32 +171,49 @@ def spectral_decoupling(
     return cross_entropy(logits, y) + penalty / 2 * logits.square().mean()
 
 # %% ../../nbs/experiments/00_training.ipynb #31941117
+def train_squares(
+    dls: DataLoaders,  # of `in_memory` or `shortcut_photographs`
+) -> TfmdDL:  # a loader in fixed order
+    "Load the training images whole, at the size of the validation images"
+    (x, y), size = dls.train.dataset.tensors, dls.valid.dataset.tensors[0].shape[2:]
+    x = interpolate(x.float(), size, mode='bilinear', antialias=True).round().byte()
+    return memory_loader(x, y, dls.vocab, bs=256)
+
 class JTT(Callback):
     "Just train twice (Liu et al. 2021, algorithm 1)"
     run_valid = False
     def __init__(self,
-        epochs: int = 5,  # of the first network, at fastai's default learning rate
-        weight: float = 10.,  # how much more often its errors are sampled
+        epochs: int = 10,  # of the first network
+        weight: float = 20.,  # how much more often its errors are sampled
     ): self.epochs, self.weight = epochs, weight
 
     def before_fit(self):
         first = Learner(self.dls, deepcopy(self.model), self.loss_func)
-        dl = self.dls.train
+        fit(first, self.epochs, BFloat16(), lr=self.opt.hypers[-1]['lr'])
         with first.no_bar(), first.no_logging():
-            first.fit(self.epochs, cbs=[SkipValidation(), BFloat16()])
-            in_order = dl.new(shuffle=False, drop_last=False)
-            logits, y = first.get_preds(dl=in_order, act=noop)
+            logits, y = first.get_preds(dl=train_squares(self.dls), act=noop)
         weights = torch.where(logits.argmax(1) == y, 1., self.weight)
-        def sample(): return torch.multinomial(weights, dl.n, replacement=True).tolist()
-        dl.get_idxs = sample
+        n = len(weights)
+        def sample(): return torch.multinomial(weights, n, replacement=True).tolist()
+        self.dls.train.get_idxs = sample
 
 # %% ../../nbs/experiments/00_training.ipynb #3314cf30
 def _sgdrop(rho=0.5, ramp=0., shuffled=False, **settings):
     "Make a callback from settings that JSON can hold"
     rising = [SchedLin(0., rho), SchedNo(rho, rho)]
     if ramp: rho = combine_scheds([ramp, 1 - ramp], rising)
-    if shuffled: settings['attribution'] = shuffled_attribution()
+    if shuffled: settings['attribution'] = random_attribution
     return SGDropCallback(rho, **settings)
+
+def _cutmix(alpha=1., share=1.):
+    "Make a callback that mixes a share of the batches"
+    cb = CutMix(alpha)
+    if share < 1:
+        beta = cb.distrib
+        def sample(shape):  # 1 mixes nothing
+            return torch.where(torch.rand(shape) < share, beta.sample(shape), 1.)
+        cb.distrib = SimpleNamespace(sample=sample)
+    return cb
 
 # %% ../../nbs/experiments/00_training.ipynb #fd7c3e32
 # name → what a method adds, from its settings
@@ -198,7 +223,7 @@ METHODS: dict[str, Callable[..., dict]] = dict(
     dropblock=lambda p, block_size: dict(on_map=DropBlock2d(p, block_size)),
     erasing=lambda **settings: dict(cb=ErasePerImage(**settings)),
     mixup=lambda alpha: dict(cb=MixUp(alpha)),
-    cutmix=lambda alpha: dict(cb=CutMix(alpha)),
+    cutmix=lambda **settings: dict(cb=_cutmix(**settings)),
     smoothing=lambda eps: dict(loss_func=LabelSmoothingCrossEntropyFlat(eps)),
     ema=lambda **settings: dict(cb=AverageWeights(**settings)),
     weight_decay=lambda wd: dict(wd=wd),

@@ -29,8 +29,9 @@ FIELDS = ['method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_
 
 # Tables
 
-UNFINISHED = {'search_sgdrop', 'search_convnext', 'search_shortcuts', 'shortcuts', 'shortcuts_upper_bound',
-              'shortcuts_transfer'}  # tables that are being made
+UNFINISHED = {  # tables that are being made
+    'search_sgdrop', 'search_convnext', 'search_shortcuts', 'shortcuts',
+    'shortcuts_upper_bound', 'shortcuts_transfer'}
 
 
 @pytest.mark.parametrize('name', experiments())

@@ -70,7 +70,7 @@ def test_the_chosen_settings_have_the_best_mean_of_their_tries():
 @pytest.fixture
 def tiny_images(tiny_sets, monkeypatch):
     "Let the experiments train on few small images of noise"
-    for module in ('data', 'experiments.training', 'experiments.shortcuts'):
+    for module in ('data', 'experiments.training'):
         monkeypatch.setattr(f'sgdrop.{module}.fetch_set', lambda name: tiny_sets / name)
     for name in ('imagenette', 'flowers17'):
         few = partial(getattr(tutorials, name), size=32)

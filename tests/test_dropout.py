@@ -117,7 +117,6 @@ def test_each_round_drops_a_share_of_what_is_left(settings):
 
 
 def test_several_layers_have_rounds_of_their_own():
-    torch.manual_seed(0)
     cut = masks(layer=['0', '1'], rounds=2)
     for once, twice in zip(masks(layer=['0', '1']), cut):
         assert not (twice & ~once).any() and not twice.equal(once)

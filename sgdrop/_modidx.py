@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'sgdrop.data.found_set': ('data.html#found_set', 'sgdrop/data.py'),
                              'sgdrop.data.frame': ('data.html#frame', 'sgdrop/data.py'),
                              'sgdrop.data.imagenette': ('data.html#imagenette', 'sgdrop/data.py'),
+                             'sgdrop.data.labelled_squares': ('data.html#labelled_squares', 'sgdrop/data.py'),
                              'sgdrop.data.memory_loader': ('data.html#memory_loader', 'sgdrop/data.py'),
                              'sgdrop.data.missing_sets': ('data.html#missing_sets', 'sgdrop/data.py'),
                              'sgdrop.data.noisy_digits': ('data.html#noisy_digits', 'sgdrop/data.py'),

@@ -26,8 +26,8 @@ from .mask import check_fraction
 __all__ = ['CUES', 'CUE_COLOURS', 'IMAGE_SETS', 'IMAGENETTE_CLASSES', 'FLOWERS17_CLASSES', 'DOMAINS', 'SHORTCUTS', 'noisy_digits',
            'cue_regions', 'class_colours', 'shown_classes', 'with_cue', 'memory_loader', 'shortcut_digits',
            'few_per_class', 'found_set', 'missing_sets', 'fetch_set', 'imagenette', 'flower_name', 'flowers17',
-           'action_name', 'bar_files', 'bar', 'domain_files', 'pacs', 'squares', 'watermark', 'frame', 'random_crops',
-           'shortcut_photographs']
+           'action_name', 'bar_files', 'bar', 'domain_files', 'pacs', 'squares', 'labelled_squares', 'watermark',
+           'frame', 'random_crops', 'shortcut_photographs']
 
 # %% ../nbs/12_data.ipynb #82b1a50f
 def noisy_digits(
@@ -321,6 +321,17 @@ def squares(
         return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
     return torch.stack([torch.from_numpy(square(f)).permute(2, 0, 1) for f in files])
 
+# %% ../nbs/12_data.ipynb #cd96bf76
+def labelled_squares(
+    files: list[Path],  # of images, N
+    label: Callable[[Path], str],  # the class of a file
+    vocab: list[str],  # name of each class
+    size: int,  # height and width, pixels
+) -> tuple[Tensor, Tensor]:  # images, uint8, N×3×size×size; and classes, N
+    "Read images as squares, and their classes"
+    y = torch.tensor([vocab.index(label(f)) for f in files])
+    return squares(tuple(files), size), y
+
 # %% ../nbs/12_data.ipynb #50f8bb70
 def watermark(
     x: Tensor,  # images, uint8, N×3×H×H
@@ -390,19 +401,18 @@ def shortcut_photographs(
     vocab = sorted({label(f) for f in train})
     if unknown := {label(f) for f in test} - set(vocab): raise ValueError(
         f'test images have classes that training images lack: {sorted(unknown)}')
-    def images(files, size, share_right, seed):
-        y = torch.tensor([vocab.index(label(f)) for f in files])
-        x = squares(tuple(files), size)
-        return SHORTCUTS[cue](x, y, len(vocab), share_right, seed), y
-    def loader(files, size, share_right, seed, augment=(), **kwargs):
-        (x, _), y = images(files, size, share_right, seed)
-        return memory_loader(x, y, vocab, augment, **kwargs)
-    tests = {name: loader(test, size, share_right, seed + 1, bs=4 * bs)
-             for name, share_right in zip(CUES, (1., None, 0.))}
+    def painted(files, size, share_right, seed):
+        x, y = labelled_squares(files, label, vocab, size)
+        return *SHORTCUTS[cue](x, y, len(vocab), share_right, seed), y
+    def test_loader(share_right):
+        x, regions, y = painted(test, size, share_right, seed + 1)
+        return memory_loader(x, y, vocab, bs=4 * bs), regions
+    tests, regions = zip(*[test_loader(share_right) for share_right in (1., None, 0.)])
     # larger than needed, since a crop enlarges a part of it
-    dls = DataLoaders(loader(train, round(1.25 * size), correlation, seed,
-                             random_crops(size), bs=bs, shuffle=True, drop_last=True),
-                      loader(test, size, correlation, seed + 1, bs=4 * bs))
-    dls.tests, dls.vocab = tests, vocab
-    dls.cue_regions = images(test, size, 1., seed + 1)[0][1]
+    x, _, y = painted(train, round(1.25 * size), correlation, seed)
+    train_loader = memory_loader(
+        x, y, vocab, random_crops(size), bs=bs, shuffle=True, drop_last=True)
+    dls = DataLoaders(train_loader, test_loader(correlation)[0])
+    dls.tests, dls.vocab = dict(zip(CUES, tests)), vocab
+    dls.cue_regions = regions[0]
     return dls

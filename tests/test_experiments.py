@@ -37,10 +37,14 @@ UNFINISHED = {  # tables that are being made
 @pytest.mark.parametrize('name', experiments())
 def test_committed_tables_are_their_plans(name):
     "Each planned run is there once, and no other"
-    if name in UNFINISHED: pytest.skip('this table is being made')
-    planned = [settings_key(s) for s in experiments()[name].planned(TABLES)]
-    found = rows(name)
-    assert sorted(found.key) == sorted(planned)
+    try: planned = [settings_key(s) for s in experiments()[name].planned(TABLES)]
+    except (FileNotFoundError, ValueError):  # its search is not finished
+        assert name in UNFINISHED and not (TABLES / f'{name}.jsonl').exists()
+        return
+    found = rows(name) if (TABLES / f'{name}.jsonl').exists() else pd.DataFrame(
+        dict(key=[]))
+    assert found.key.is_unique and set(found.key) <= set(planned)
+    assert name in UNFINISHED or len(found) == len(planned)
     for row in found.to_dict('records'):
         settings = json.loads(row['key'])
         assert all(row[k] == v or v is None and pd.isna(row[k])

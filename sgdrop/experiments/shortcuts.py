@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy, interpolate
 from torchvision.transforms.functional import gaussian_blur
 
 from ..data import (
-    CUES, DOMAINS, action_name, bar_files, cue_regions, domain_files, memory_loader,
-    random_crops, shortcut_photographs, squares)
+    CUES, DOMAINS, action_name, bar_files, cue_regions, domain_files,
+    labelled_squares, memory_loader, random_crops, shortcut_photographs)
 from .runner import Experiment, rows, settings_key
 from .training import (
     AS_PUBLISHED, PHOTOGRAPHS, SMALL_NETWORKS, BFloat16, SkipValidation, fit,
@@ -68,8 +68,8 @@ def _loaders(s):
         seed=s['split_seed'])
     vocab = sorted({label(f) for f in train})
     def loader(files, size, *augment, **kwargs):
-        y = torch.tensor([vocab.index(label(f)) for f in files])
-        return memory_loader(squares(tuple(files), size), y, vocab, *augment, **kwargs)
+        x, y = labelled_squares(files, label, vocab, size)
+        return memory_loader(x, y, vocab, *augment, **kwargs)
     tests = dict(absent=loader(other, size, bs=256))
     if s['cue']: tests['present'] = loader(like, size, bs=256)
     dls = DataLoaders(loader(train, round(1.25 * size), random_crops(size), bs=64,

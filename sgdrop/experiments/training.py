@@ -31,8 +31,8 @@ from ..all import (
     EMATeacher, SGDropCallback, few_per_class, random_attribution, saliency_mask)
 from ..attribution import class_mask
 from ..data import (
-    FLOWERS17_CLASSES, IMAGENETTE_CLASSES, fetch_set, flower_name, memory_loader,
-    random_crops, squares)
+    FLOWERS17_CLASSES, IMAGENETTE_CLASSES, fetch_set, flower_name, labelled_squares,
+    memory_loader, random_crops)
 
 # %% auto #0
 __all__ = ['SMALL_NETWORKS', 'METHODS', 'RECIPES', 'AS_PUBLISHED', 'PHOTOGRAPHS', 'small_resnet', 'small_network',
@@ -343,8 +343,7 @@ def in_memory(
     data = PHOTOGRAPHS[dataset]
     train, shown = split_files(dataset, part, share, split_seed)
     def loader(files, size, *augment, **kwargs):
-        y = torch.tensor([data.vocab.index(data.label(f)) for f in files])
-        x = squares(tuple(files), size)
+        x, y = labelled_squares(files, data.label, data.vocab, size)
         return memory_loader(x, y, data.vocab, *augment, **kwargs)
     dls = DataLoaders(
         loader(train, 80, random_crops(64), bs=64, shuffle=True, drop_last=True),

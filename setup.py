@@ -11,6 +11,7 @@ name, suffix = cfg['lib_name'], '_requirements'
 
 dist = setup(
     description=cfg['description'], author=cfg['author'],
+    project_urls={'Repository': cfg['repository']} if cfg['repository'] else {},
     license_expression=cfg['license'], keywords=cfg['keywords'].split(),
     classifiers=cfg['classifiers'].strip().splitlines(),
     python_requires=f">={cfg['min_python']}",

@@ -2,6 +2,7 @@
 import os
 import re
 import sys
+from functools import partial
 from html import escape
 from pathlib import Path
 from urllib.parse import urlparse
@@ -12,9 +13,11 @@ from latex2mathml.converter import convert
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'docs'))
 import website
+from addresses import addresses, settings
 
-settings = (ROOT/'settings.ini').read_text(encoding='utf-8')
-ini = dict(re.findall(r'^(\w+) *= *(.*)', settings, flags=re.M))
+ini = settings()
+repository = os.environ.get('REPOSITORY', ini['repository'])  # for a test
+links = addresses(repository)
 project, author = ini['lib_name'], ini['author']
 copyright = author
 init = (ROOT/'sgdrop/__init__.py').read_text(encoding='utf-8')
@@ -37,7 +40,12 @@ bibtex_default_style = 'plain'
 toc_object_entries = False
 
 html_theme = 'furo'
-html_title = project
+html_title = f'{project} {version}'
+html_theme_options = dict(
+    source_repository=repository, source_branch='main', source_directory='nbs/',
+    footer_icons=[{'name': name, 'url': url, 'html': name} for name, url in {
+        'Repository': repository, f'Version {version}': links['releases']}.items()],
+) if repository else {}
 html_favicon = 'favicon.svg'  # browsers that find none ask for /favicon.ico
 html_static_path = ['_static']
 html_css_files = ['site.css']
@@ -45,8 +53,7 @@ html_extra_path = ['images']  # for previews of links
 html_math_renderer = 'mathml'
 html_copy_source = html_show_sphinx = False
 html_use_index = html_domain_indices = False  # api.md has every name
-# Where the site will be, if known: previews of links need whole addresses.
-html_baseurl = os.environ.get('SITE_URL', '')
+html_baseurl = links.get('site', '')  # previews of links need whole addresses
 notfound_urls_prefix = urlparse(html_baseurl).path.rstrip('/') + '/'
 notfound_context = dict(title='Page not found', body=(
     '<h1>Page not found</h1><p>There is no such page. Try the search, the contents or '
@@ -76,5 +83,5 @@ def describe(app, pagename, templatename, context, doctree):
 
 def setup(app):
     app.add_html_math_renderer('mathml', mathml('inline'), mathml('block'))
-    app.connect('source-read', website.read)
+    app.connect('source-read', partial(website.read, links=links))
     app.connect('html-page-context', describe)

@@ -60,6 +60,11 @@ def outside_code(convert, md):
     return ''.join(p if i % 2 else convert(p) for i, p in enumerate(parts))
 
 
+def with_install(md, links):
+    "Replace the line that installs a clone by the one that needs none"
+    return md.replace('pip install -e .', links['install']) if links else md
+
+
 def callouts(convert, md):
     "Replace Quarto's callouts by `convert(kind, title, body)`"
     def replace(m):

@@ -9,7 +9,8 @@ from nbconvert import MarkdownExporter
 from nbformat.v4 import new_markdown_cell, new_notebook
 from traitlets.config import Config
 
-from notebooks import callouts, cells, option, outside_code
+from addresses import addresses, settings
+from notebooks import callouts, cells, option, outside_code, with_install
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = '<!-- Made from nbs/index.ipynb by docs/readme.py: edit the notebook. -->'
@@ -43,7 +44,13 @@ def picture(out, alt, pictures):
     out.data['text/markdown'] = f'<img src="{path}" alt="{escape(alt)}"{size}>'
 
 
-def render():
+def badges(links):
+    "Return a line of badges under the title, or nothing"
+    return (f'[![tests]({links["tests"]}/badge.svg)]({links["tests"]}) '
+            f'[documentation]({links["site"]})\n\n') if links else ''
+
+
+def render(links):
     "Return the README's text, and its pictures as {path: bytes}"
     made, pictures = [], {}
     for cell, directives in cells(ROOT/'nbs/index.ipynb', prose):
@@ -57,11 +64,13 @@ def render():
     language = dict(language_info=dict(name='python'))
     text, _ = EXPORTER.from_notebook_node(new_notebook(cells=made, metadata=language))
     text = outside_code(lambda s: re.sub(r'\n\s*\n(?=\s*\n)', '\n', s), text)
-    return f'{NOTE}\n\n{text.strip()}\n', pictures
+    title, rest = with_install(text.strip(), links).split('\n\n', 1)
+    if links: rest = re.sub(r'\]\(nbs/([^)#]+)\.ipynb', rf']({links["site"]}\1.html', rest)
+    return f'{NOTE}\n\n{title}\n\n{badges(links)}{rest}\n', pictures
 
 
 if __name__ == '__main__':
-    text, pictures = render()
+    text, pictures = render(addresses(settings()['repository']))
     for old in (ROOT/'docs/images').glob('index_*'): old.unlink()
     for path, data in {'README.md': text.encode(), **pictures}.items():
         (ROOT/path).parent.mkdir(parents=True, exist_ok=True)

@@ -8,28 +8,30 @@ import nbformat
 from nbdev.processors import add_links
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from notebooks import callouts, cells, definitions, exports, option, outside_code
+from notebooks import (
+    callouts, cells, definitions, exports, option, outside_code, with_install)
 
 DOCS = Path(__file__).resolve().parent
 ROOT, NBS = DOCS.parent, DOCS.parent/'nbs'
 
 
-def read(app, docname, source):
+def read(app, docname, source, links):
     "Give Sphinx a page's text"
     path = Path(app.env.doc2path(docname))
-    if path.suffix == '.ipynb': source[0] = nbformat.writes(page(path), 4)
+    if path.suffix == '.ipynb': source[0] = nbformat.writes(page(path, links), 4)
     if docname == 'api': source[0] += index()
 
 
-def page(path):
-    "Return the notebook at `path` as MyST-NB wants it"
+def page(path, links):
+    "Return the notebook at `path` as MyST-NB wants it, with the project's addresses"
     made, module = [], exports(path)[0]
     for cell, directives in cells(path, prose, [add_links]):
+        if cell.cell_type == 'markdown': cell.source = with_install(cell.source, links)
         if cell.cell_type == 'code':
             if 'export' in directives: made += targets(module, cell)
             figure(cell, directives)
         made.append(cell)
-    made[0].source = opening(made[0].source, path)
+    made[0].source = opening(made[0].source, path, links)
     if path == NBS/'index.ipynb':
         home = new_markdown_cell((DOCS/'home.md').read_text(encoding='utf-8'))
         made.insert(next(i for i, c in enumerate(made) if c.source[:3] == '## '), home)
@@ -57,11 +59,13 @@ def figure(cell, directives):
     if caption: cell.metadata.mystnb['figure'] = dict(caption=caption)
 
 
-def opening(md, path):
+def opening(md, path, links):
     "Set a page's promise in larger type, and offer the notebook"
     name = path.relative_to(NBS).as_posix()
     run = (f'\n\n{{.run}}\n{{download}}`Download this notebook <{path.name}>` and open '
            f'it in Jupyter, or run `make nbs NB=nbs/{name}` in a clone.')
+    if links: run += (f' Or [open it in Colab]({links["colab"]}{name}) and run '
+                      f'`%{links["install"]}` first.')
     below = '' if name == 'index.ipynb' else run
     front = re.compile(r'(# .*)\n+> (.*)')
     return front.sub(lambda m: f'{m[1]}\n\n{{.lead}}\n{m[2]}{below}', md, count=1)

@@ -9,6 +9,7 @@ sys.path.append(str(ROOT / 'docs'))
 
 import readme  # noqa: F401 (for tests)
 import website  # noqa: F401
+from addresses import addresses, settings  # noqa: F401
 from notebooks import definitions, exports  # noqa: F401
 
 

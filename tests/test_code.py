@@ -205,3 +205,11 @@ def succeeds(command):
 def test_ruff_finds_nothing(): succeeds('ruff check --no-cache sgdrop tests docs')
 def test_requirements_fit_each_other(): succeeds('pip check')
 
+
+
+def test_workflows_are_valid():
+    schema = '--builtin-schema', 'vendor.github-workflows'
+    files = [*(ROOT / '.github/workflows').glob('*.yml')]
+    done = subprocess.run([sys.executable, '-m', 'check_jsonschema', *schema, *files],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -4,6 +4,8 @@ import http.server
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlparse
@@ -13,7 +15,8 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from site_tools import HTML, ROOT, out_of_date, readme, website
+from site_tools import (
+    HTML, ROOT, addresses, out_of_date, readme, settings, website)
 
 CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') \
     or shutil.which('google-chrome')
@@ -32,7 +35,7 @@ def page(tmp_path, monkeypatch):
         path = tmp_path / 'howto' / '01_masks.ipynb'
         path.parent.mkdir(exist_ok=True)
         nbformat.write(new_notebook(cells=made), path)
-        title, *rest = website.page(path).cells
+        title, *rest = website.page(path, {}).cells
         start = '# Masks\n\n{.lead}\nWhat is `dropped`.\n\n{.run}\n'
         assert title.source.startswith(start)
         assert 'make nbs NB=nbs/howto/01_masks.ipynb' in title.source
@@ -95,11 +98,43 @@ def test_markdown_of_the_site(md, want): assert website.prose(md) == want
 def test_markdown_of_the_readme(md, want): assert readme.prose(md) == want
 
 
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+
+
 def test_the_readme_is_the_home_notebook():
-    text, pictures = readme.render()
-    assert text == (ROOT / 'README.md').read_text(encoding='utf-8'), 'run make readme'
+    text, pictures = readme.render(addresses(settings()['repository']))
+    assert text == README, 'run make readme'
     for path, data in pictures.items():
         assert data == (ROOT / path).read_bytes(), f'{path} is old: run make readme'
+
+
+SOMEWHERE = 'https://github.com/someone/sgdrop'
+MADE = {*addresses(SOMEWHERE).values()} - {addresses(SOMEWHERE)['colab']}
+
+
+def test_the_repository_s_address_makes_the_links_of_the_readme():
+    text, _ = readme.render(addresses(SOMEWHERE))
+    for name in 'tests', 'site', 'install': assert addresses(SOMEWHERE)[name] in text
+    assert '.ipynb)' not in text and not any(link in README for link in MADE)
+    with pytest.raises(ValueError, match='expected https://github.com/OWNER/NAME'):
+        addresses('github.com/someone/sgdrop')
+
+
+def test_the_repository_s_address_makes_the_links_of_the_site(tmp_path):
+    left_out = '0[02-9]*,1*,experiments,explanation,howto,results,tutorials'
+    command = [sys.executable, '-m', 'sphinx', '-Q', '-c', ROOT / 'docs', '-d',
+               tmp_path / 'trees', '-D', f'exclude_patterns={left_out}', ROOT / 'nbs']
+    subprocess.run([*command, tmp_path / 'html'], check=True,
+                   env=os.environ | dict(REPOSITORY=SOMEWHERE))
+    def made(page): return (tmp_path / 'html' / page).read_text(encoding='utf-8')
+    links = addresses(SOMEWHERE)
+    for link in (links['colab'] + '01_mask.ipynb', links['releases'],
+                 f'href="{SOMEWHERE}"', f'{SOMEWHERE}/edit/main/nbs/01_mask.ipynb'):
+        assert link in made('01_mask.html')
+    for page in '01_mask.html', 'index.html':
+        text = BeautifulSoup(made(page), 'html.parser').get_text()
+        assert links['install'] in text
+    assert f'content="{links["site"]}' in made('index.html')
 
 
 def test_citations_agree():

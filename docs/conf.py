@@ -12,6 +12,7 @@ from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'docs'))
+import terms
 import website
 from addresses import addresses, settings
 
@@ -85,3 +86,5 @@ def setup(app):
     app.add_html_math_renderer('mathml', mathml('inline'), mathml('block'))
     app.connect('source-read', partial(website.read, links=links))
     app.connect('html-page-context', describe)
+    app.connect('doctree-read', terms.anchor)
+    app.connect('doctree-resolved', terms.link)

@@ -247,6 +247,39 @@ def test_pages_on_a_phone(tab, server):
 
 
 @built
+def test_pages_on_a_desktop(tab, server):
+    "Code fits its column, and a page with all it loads has at most 1.5 MB"
+    tab.set_viewport_size(dict(width=1280, height=900))
+    wrong = {}
+    for page in PAGES:
+        tab.goto(server + page, wait_until='load')
+        wide, weight = tab.evaluate("""() => [
+            [...document.querySelectorAll('pre')]
+                .filter(o => o.scrollWidth > o.clientWidth).map(o => o.textContent),
+            performance.getEntries().reduce((n, o) => n + (o.decodedBodySize || 0), 0)
+        ]""")
+        found = [code[:60] for code in wide]
+        if weight > 1.5e6: found.append(f'{weight / 1e6:.1f} MB')
+        if found: wrong[page] = found
+    assert not wrong
+
+
+@built
+@pytest.mark.parametrize('word', ['install', 'dropout', 'shortcut', 'background'])
+def test_search_finds(word, tab, server):
+    tab.goto(f'{server}search.html?q={word}')
+    tab.wait_for_selector('#search-results li a')
+
+
+@built
+def test_terms_lead_to_the_glossary():
+    term = soup('05_dropout.html').select_one('article a.term')
+    url, anchor = urldefrag(term['href'])
+    entry = soup(url).find(id=anchor)
+    assert entry.name == 'dt' and term['title'].split('.')[0] in entry.find_next('dd').text
+
+
+@built
 def test_search_leads_to_a_name_s_code(tab, server):
     tab.goto(f'{server}search.html?q=SGDropCallback')
     tab.wait_for_selector('#search-results li a')

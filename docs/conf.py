@@ -26,7 +26,7 @@ release = version = re.search(r"__version__ *= *['\"](.+)['\"]", init)[1]
 
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinxcontrib.bibtex',
               'notfound.extension']
-exclude_patterns = ['**/.*', '**/_*']
+exclude_patterns = ['**/.*', '**/_*', 'experiments/0[!7]*']  # 07 is their one page
 language = 'en'
 nb_execution_mode = 'off'
 nb_render_markdown_format = 'myst'
@@ -53,7 +53,7 @@ html_css_files = ['site.css']
 html_extra_path = ['images']  # for previews of links
 html_math_renderer = 'mathml'
 html_copy_source = html_show_sphinx = False
-html_use_index = html_domain_indices = False  # api.md has every name
+html_use_index = html_domain_indices = False
 html_baseurl = links.get('site', '')  # previews of links need whole addresses
 notfound_urls_prefix = urlparse(html_baseurl).path.rstrip('/') + '/'
 notfound_context = dict(title='Page not found', body=(

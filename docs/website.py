@@ -1,4 +1,4 @@
-"Notebooks as pages of the site, and the index of names: conf.py connects `read`."
+"Notebooks as pages of the site: conf.py connects `read`."
 import ast
 import re
 from functools import partial
@@ -19,24 +19,31 @@ def read(app, docname, source, links):
     "Give Sphinx a page's text"
     path = Path(app.env.doc2path(docname))
     if path.suffix == '.ipynb': source[0] = nbformat.writes(page(path, links), 4)
-    if docname == 'api': source[0] += index()
 
 
 def page(path, links):
     "Return the notebook at `path` as MyST-NB wants it, with the project's addresses"
     made, module = [], exports(path)[0]
     for cell, directives in cells(path, prose, [add_links]):
-        if cell.cell_type == 'markdown': cell.source = with_install(cell.source, links)
+        if cell.cell_type == 'markdown':
+            cell.source = with_install(one_page(cell.source, path), links)
         if cell.cell_type == 'code':
             if 'export' in directives: made += targets(module, cell)
             figure(cell, directives)
         made.append(cell)
     made[0].source = opening(made[0].source, path, links)
     if path == NBS/'index.ipynb':
-        home = new_markdown_cell((DOCS/'home.md').read_text(encoding='utf-8'))
-        made.insert(next(i for i, c in enumerate(made) if c.source[:3] == '## '), home)
+        below = next(i for i, c in enumerate(made) if c.source[:3] == '## ')
+        made.insert(below, new_markdown_cell(home(links)))
     kernel = dict(name='python3', display_name='Python 3', language='python')
     return new_notebook(cells=made, metadata=dict(kernelspec=kernel))
+
+
+def home(links):
+    "Return the buttons and the contents of the site"
+    text = (DOCS/'home.md').read_text(encoding='utf-8')
+    if links: return text.replace('REPOSITORY', links['repository'])
+    return re.sub(r'```{button-link} REPOSITORY\n.*?```\n', '', text, flags=re.S)
 
 
 def targets(module, cell):
@@ -71,6 +78,13 @@ def opening(md, path, links):
     return front.sub(lambda m: f'{m[1]}\n\n{{.lead}}\n{m[2]}{below}', md, count=1)
 
 
+def one_page(md, path):
+    "Lead links to any experiment to their one page, where each is a download"
+    if path.parent.name == 'experiments':
+        return re.sub(r'\[([^]]+)\]\((0\d_\w+\.ipynb)\)', r'{download}`\1 <\2>`', md)
+    return re.sub(r'(experiments/)0\d_\w+\.ipynb(#[\w-]+)?', r'\g<1>07_main.ipynb', md)
+
+
 def prose(md):
     "Convert Markdown as nbdev leaves it for Quarto to MyST"
     box = ':::::{{admonition}} {1}\n:class: {0}\n\n{2}\n:::::'.format
@@ -80,29 +94,9 @@ def prose(md):
     link = re.compile(r'\[`([^`]+)`\]\(/([\w/]+)\.html#[^)]*\)')  # by add_links
     def to_name(m):
         module, name = m[2].replace('/', '.'), m[1].removesuffix('()').split('.')[0]
+        if module.startswith('experiments.'): return f'`{m[1]}`'
         return f'{{py:obj}}`{m[1]} <sgdrop.{module}.{name}>`'
     return link.sub(to_name, md)
-
-
-def index():
-    "Return tables of all names: first those of `sgdrop.all`, then the others"
-    tree = ast.parse((ROOT/'sgdrop/all.py').read_text(encoding='utf-8')).body
-    first = {a.name for n in tree if isinstance(n, ast.ImportFrom) for a in n.names}
-    parts = ['## Names in `sgdrop.all`', *tables(lambda name: name in first),
-             '## Other names', *tables(lambda name: name not in first)]
-    return '\n\n'.join(parts) + '\n'
-
-
-def tables(wanted):
-    "Yield a heading and a table for each module with wanted names"
-    for path in sorted(NBS.rglob('[!.]*.ipynb')):
-        module, code = exports(path)
-        names = [d for c in code for d in definitions(c) if wanted(d[0])]
-        if not names: continue
-        yield f'### [`{module}`]({path.relative_to(NBS).as_posix()})'
-        rows = [f'| {{py:obj}}`{name} <{module}.{name}>` | {plain(about)} |'
-                for name, _, about in names]
-        yield '\n'.join(['| | |', '|---|---|', *rows])
 
 
 def plain(md):

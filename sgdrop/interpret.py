@@ -101,7 +101,7 @@ def _draw(interps, numbers, names, vmax, axes):
         axes = fig.subplots(rows, columns, squeeze=False)
     if np.shape(axes) != (rows, columns):
         raise ValueError(f'axes must be {rows}×{columns}, got {np.shape(axes)}; '
-                         'without axes, new ones are made')
+                         'leave axes out to get new ones')
     for ax, picture, label in zip(axes[0], pictures, labels):
         title = fill(f'true: {label}', 18)
         show_attribution(picture, ax=ax).set_title(title, fontsize=9)

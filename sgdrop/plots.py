@@ -57,8 +57,8 @@ def attribution_bar(
     bar.ax.set_facecolor('0.67')  # of a pixel halfway between black and white
     bar.set_label('attribution\n(1 = spread evenly)')
     if len({image.norm.vmax for image in overlays}) > 1:
-        bar.set_ticks([0, overlays[0].norm.vmax], labels=['0', 'highest'])
-        bar.set_label('attribution, each image on its own scale')
+        bar.set_ticks([0, overlays[0].norm.vmax], labels=['0', 'max'])
+        bar.set_label('attribution\n(scale per image)')
     return bar
 
 # %% ../nbs/09_plots.ipynb #465ae57b

@@ -30,8 +30,9 @@ def _demo(args):
 
 def _list(args):
     "List the experiments with their times"
-    found = experiments().values()
-    return '\n'.join(f'{e.name:<14}{e.time} on one core' for e in found)
+    found = experiments()
+    width = max(map(len, found)) + 2
+    return '\n'.join(f'{name:<{width}}{e.time} on one core' for name, e in found.items())
 
 # %% ../../nbs/experiments/07_main.ipynb #91a1c1ad
 def _run(args):

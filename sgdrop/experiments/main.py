@@ -32,7 +32,7 @@ def _list(args):
     "List the experiments with their times"
     found = experiments()
     width = max(map(len, found)) + 2
-    return '\n'.join(f'{name:<{width}}{e.time} on one core' for name, e in found.items())
+    return '\n'.join(f'{e.name:<{width}}{e.time} on one core' for e in found.values())
 
 # %% ../../nbs/experiments/07_main.ipynb #91a1c1ad
 def _run(args):

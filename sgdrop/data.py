@@ -45,16 +45,16 @@ def noisy_digits(
 
 # %% ../nbs/12_data.ipynb #25c7a6ce
 def cue_regions(
-    n: int,  # how many images
+    n: int,  # number of images
     size: int = 32,  # height and width of an image, pixels
     patch: int = 7,  # height and width of the patch, pixels
-    seed: int = 0,  # of the places
-    anywhere: bool = False,  # at any place, not only in the corners?
+    seed: int = 0,  # of the positions
+    anywhere: bool = False,  # anywhere in the image, instead of in a corner?
 ) -> Tensor:  # bool, N×1×size×size, True on the cue
-    "Choose a square of each image, in a random corner one pixel from the edge"
+    "Choose a square of each image, in a random corner, one pixel from the edge"
     g, pixel = torch.Generator().manual_seed(seed), torch.arange(size)
     if anywhere: first = torch.randint(size - patch + 1, (2, n, 1), generator=g)
-    # 1 at the bottom or at the right
+    # second choice: at the bottom or at the right
     else: first = 1 + torch.randint(2, (2, n, 1), generator=g) * (size - patch - 2)
     rows, columns = (pixel >= first) & (pixel < first + patch)
     return rows[:, None, :, None] & columns[:, None, None, :]
@@ -63,9 +63,9 @@ def cue_regions(
 CUES = 'present', 'absent', 'misleading'  # ways to paint the cue
 
 def class_colours(
-    n: int,  # how many classes
+    n: int,  # number of classes
 ) -> Tensor:  # n×3, red, green and blue from 0 to 1
-    "Return a colour per class"
+    "Return a colour for each class"
     return torch.tensor([colorsys.hsv_to_rgb(k / n, 1, 1) for k in range(n)])
 
 CUE_COLOURS = class_colours(10)  # of the digits
@@ -73,7 +73,7 @@ CUE_COLOURS = class_colours(10)  # of the digits
 # %% ../nbs/12_data.ipynb #daebc85c
 def shown_classes(
     y: Tensor,  # classes, N
-    n_classes: int,  # how many there are
+    n_classes: int,  # number of classes
     share_right: float,  # of images whose cue shows their own class, from 0 to 1
     seed: int = 0,  # of the choice
 ) -> Tensor:  # classes, N
@@ -100,9 +100,9 @@ def with_cue(
 # %% ../nbs/12_data.ipynb #53355b4b
 class _MemoryLoader(TfmdDL):
     @property
-    def tensors(self):  # None for new images, such as those of `learn.predict`
+    def tensors(self):  # None for new images, as in `learn.predict`
         return vars(self.dataset).get('tensors')
-    def create_item(self, i):  # fastai asks for None to try a loader
+    def create_item(self, i):  # None is how fastai tries a loader
         return i or 0 if self.tensors else super().create_item(i)
     def create_batch(self, items):
         if not self.tensors: return super().create_batch(items)
@@ -129,7 +129,7 @@ def memory_loader(
 # %% ../nbs/12_data.ipynb #3fd10ec7
 def shortcut_digits(
     bs: int = 64,  # batch size
-    n_train: int = 1000,  # how many of the 1,797 digits are for training
+    n_train: int = 1000,  # number of training images, of 1,797
     size: int = 32,  # height and width, pixels
     noise: float = 0.15,  # standard deviation of the noise
     patch: int = 7,  # height and width of the cue, pixels
@@ -154,7 +154,7 @@ def shortcut_digits(
 # %% ../nbs/12_data.ipynb #30b2c8c3
 def few_per_class(
     labels: list,  # label of each item
-    n: int,  # how many items of each class
+    n: int,  # number of items of each class
     seed: int = 0,  # of the choice
 ) -> list[int]:  # indices into `labels`, grouped by class
     "Choose `n` random items of each class"
@@ -162,11 +162,12 @@ def few_per_class(
     by_class = {c: [] for c in sorted(set(labels))}
     for i in order.tolist(): by_class[labels[i]].append(i)
     for c, ids in by_class.items():
-        if len(ids) < n: raise ValueError(f'need {n} per class; {c!r} has {len(ids)}')
+        if len(ids) < n: raise ValueError(
+            f'class {c!r} has {len(ids)} items, expected at least {n}; use a smaller n')
     return [i for ids in by_class.values() for i in ids[:n]]
 
 # %% ../nbs/12_data.ipynb #fb7f994f
-# name → address, and the folder in fastai's data folder, by any of its names
+# name → address, and possible names of its folder in fastai's data folder
 IMAGE_SETS = dict(
     imagenette=(URLs.IMAGENETTE_160, 'imagenette2-160'),
     flowers17=('https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz',
@@ -179,7 +180,7 @@ IMAGE_SETS = dict(
 def found_set(
     name: str,  # one of `IMAGE_SETS`
 ) -> Path | None:  # its folder; None if it is missing
-    "Find an image set on this machine"
+    "Return the folder of an image set on this machine"
     places = [fastai_cfg().path('data') / folder for folder in IMAGE_SETS[name][1:]]
     return next((place for place in places if place.exists()), None)
 
@@ -191,16 +192,16 @@ def missing_sets() -> list[str]:  # names
 def fetch_set(
     name: str,  # one of `IMAGE_SETS`
 ) -> Path:  # its folder
-    "Return the folder of an image set, and download it if it is missing"
+    "Return the folder of an image set, after a download if it is missing"
     if folder := found_set(name): return folder
     url, *folders = IMAGE_SETS[name]
     home = fastai_cfg().path('data') / folders[-1]
-    # archives of GitHub share a name, so an old one must not be taken for this
+    # archives of GitHub share a name, so another one could be taken for this
     try: return untar_data(url, force_download=True).rename(home)
     except Exception as e:  # fastai raises a bare one if the checksum is wrong
         raise FileNotFoundError(
             f'{name} is not on this machine and could not be downloaded '
-            f'from {url} ({e}); its folder belongs at {home}') from e
+            f'from {url} ({e}); put its folder at {home}') from e
 
 # %% ../nbs/12_data.ipynb #4f3f0515
 # folder → class
@@ -220,7 +221,7 @@ def _photographs(train, valid, label, size, bs, **kwargs):
 
 # %% ../nbs/12_data.ipynb #f6edadad
 def imagenette(
-    n_per_class: int = 95,  # training images of each class
+    n_per_class: int = 95,  # number of training images of each class
     size: int = 64,  # height and width, pixels
     bs: int = 64,  # batch size
     seed: int = 0,  # of the choice of training images
@@ -234,7 +235,7 @@ def imagenette(
     return _photographs(train, valid, label, size, bs, **kwargs)
 
 # %% ../nbs/12_data.ipynb #ca121b75
-# in the order of the files, 80 each
+# in the order of the files, 80 of each
 FLOWERS17_CLASSES = ('daffodil', 'snowdrop', 'lily of the valley', 'bluebell', 'crocus',
     'iris', 'tigerlily', 'tulip', 'fritillary', 'sunflower', 'daisy', 'coltsfoot',
     'dandelion', 'cowslip', 'buttercup', 'windflower', 'pansy')
@@ -248,7 +249,7 @@ def flower_name(
 
 # %% ../nbs/12_data.ipynb #ea4e7c14
 def flowers17(
-    n_per_class: int = 40,  # training images of each class, of 80
+    n_per_class: int = 40,  # number of training images of each class, of 80
     size: int = 64,  # height and width, pixels
     bs: int = 64,  # batch size
     seed: int = 0,  # of the choice of training images
@@ -283,7 +284,7 @@ def bar(
     bs: int = 64,  # batch size
     **kwargs: object,  # passed to fastai's `dataloaders`, such as `num_workers`
 ) -> DataLoaders:
-    "Load BAR: 1,941 photographs for training, and 654 from other places"
+    "Load BAR: 1,941 photographs for training, 654 from other places for validation"
     train, valid = (bar_files(part) for part in ('train', 'test'))
     return _photographs(train, valid, action_name, size, bs, **kwargs)
 
@@ -292,8 +293,8 @@ DOMAINS = 'photo', 'art_painting', 'cartoon', 'sketch'  # of PACS
 
 def domain_files(
     left_out: str,  # one of `DOMAINS`
-) -> tuple[list[Path], list[Path]]:  # of the three others, and of this one
-    "List the files of PACS, apart by their domain"
+) -> tuple[list[Path], list[Path]]:  # files of the three others, and of this one
+    "List the files of PACS, those of one domain apart"
     if left_out not in DOMAINS: raise ValueError(
         f'left_out must be one of {DOMAINS}, got {left_out!r}')
     files = get_image_files(fetch_set('pacs')).sorted()
@@ -315,7 +316,7 @@ def squares(
     files: tuple[Path],  # of images
     size: int,  # height and width, pixels
 ) -> Tensor:  # uint8, N×3×size×size
-    "Read images, cut to their central square"
+    "Read images, cropped to their central square"
     def square(file):
         image = Image.open(file).convert('RGB')
         return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
@@ -336,13 +337,13 @@ def labelled_squares(
 def watermark(
     x: Tensor,  # images, uint8, N×3×H×H
     y: Tensor,  # classes, N
-    n_classes: int,  # how many there are
+    n_classes: int,  # number of classes
     share_right: float | None,  # see `shown_classes`; None for no watermark
-    seed: int = 0,  # of the places and the classes
+    seed: int = 0,  # of the positions and the classes
 ) -> tuple[Tensor, Tensor]:  # images, and the regions: bool, N×1×H×H
-    "Put a coloured square at a random place of each image"
+    "Put a coloured square at a random position of each image"
     size = x.shape[-1]
-    patch = round(0.16 * size)  # places and classes come from different seeds
+    patch = round(0.16 * size)  # positions and classes come from different seeds
     regions = cue_regions(len(x), size, patch, 2 * seed + 1, anywhere=True)
     if share_right is None: return x, regions
     shown = shown_classes(y, n_classes, share_right, 2 * seed)
@@ -353,7 +354,7 @@ def watermark(
 def frame(
     x: Tensor,  # images, uint8, N×3×H×H
     y: Tensor,  # classes, N
-    n_classes: int,  # how many there are
+    n_classes: int,  # number of classes
     share_right: float | None,  # see `shown_classes`; None for surrounds of any class
     seed: int = 0,  # of the surrounds
 ) -> tuple[Tensor, Tensor]:  # images, and the regions: bool, N×1×H×H
@@ -363,7 +364,8 @@ def frame(
     centre[..., edge:-edge, edge:-edge] = True
     share_right = 1 / n_classes if share_right is None else share_right
     if missing := set(range(n_classes)) - set(y.tolist()): raise ValueError(
-        f'a frame needs images of each class; there are none of {sorted(missing)}')
+        f'no images of the classes {sorted(missing)}, but a frame needs some of each; '
+        'add images, or use a watermark')
     shown, donors = shown_classes(y, n_classes, share_right, seed), y.clone()
     for k in shown.unique():
         of_class, todo = torch.where(y == k)[0], shown == k
@@ -374,8 +376,8 @@ def frame(
 # %% ../nbs/12_data.ipynb #bb369a96
 def random_crops(
     size: int,  # height and width of the result, pixels
-) -> list:  # fastai's batch transforms
-    "Flip images at random, and cut out a random square of half to all of the area"
+) -> list:  # batch transforms of fastai
+    "Return transforms that flip, and crop to a square of half to all of the area"
     return setup_aug_tfms([Flip(size=size), Zoom(1., 2 ** 0.5, p=1., size=size)])
 
 # %% ../nbs/12_data.ipynb #63f602e7
@@ -400,7 +402,8 @@ def shortcut_photographs(
         f'{len(train)} training images do not fill a batch of {bs}; use a smaller bs')
     vocab = sorted({label(f) for f in train})
     if unknown := {label(f) for f in test} - set(vocab): raise ValueError(
-        f'test images have classes that training images lack: {sorted(unknown)}')
+        f'test images have classes that training images lack: {sorted(unknown)}; '
+        'leave these test images out')
     def painted(files, size, share_right, seed):
         x, y = labelled_squares(files, label, vocab, size)
         return *SHORTCUTS[cue](x, y, len(vocab), share_right, seed), y

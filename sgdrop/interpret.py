@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import metrics
 from .attribution import class_mask
-from .plots import common_scale, show_attribution
+from .plots import attribution_bar, common_scale, show_attribution
 from .recorder import denormalize, without_augmentation
 
 # %% auto #0
@@ -25,7 +25,7 @@ __all__ = ['AttributionInterpretation', 'total_variation']
 
 # %% ../nbs/11_interpret.ipynb #44bd08b5
 def _class_names(table, vocab=None):
-    "Join the names of the classes in each row of a bool table, B×K"
+    "Join the class names in each row of a bool table, B×K"
     names = [str(c) for c in (range(table.shape[1]) if vocab is None else vocab)]
     return ['+'.join(n for n, has in zip(names, row) if has) for row in table.tolist()]
 
@@ -44,24 +44,24 @@ def _image_rows(learn, y, logits, A):
 
 # %% ../nbs/11_interpret.ipynb #c6491470
 class AttributionInterpretation(Interpretation):
-    "Attribution of a network, image by image"
-    # `images`: a table with a row per image: label, prediction, measures, loss
+    "The attribution of a network over a set of images, and its summaries"
+    # `images`: a table, one row per image: label, prediction, measures, loss
     # `maps`: attribution summed over the channels, N×1×h×w
     def __len__(self): return len(self.images)
 
 # %% ../nbs/11_interpret.ipynb #d9a4c185
 @patch(cls_method=True)
 def from_learner(cls: AttributionInterpretation,
-    learn: Learner,  # holds the network and the images
+    learn: Learner,  # with the network and the images
     # 0 for the training images, without augmentation; 1 for the validation images
     ds_idx: int = 1,
-    dl: TfmdDL | None = None,  # loader of other images
-    act: Callable | None = None,  # see fastai's `Interpretation`
-    # where attribution is computed; None for the last feature map
+    dl: TfmdDL | None = None,  # a loader of other images, instead of `ds_idx`
+    act: Callable | None = None,  # activation for fastai's own methods
+    # layer to explain, by name or as a module; None for the last feature map
     layer: str | nn.Module | None = None,
     # class to explain: 'predicted', 'label' or a class number
     target: str | int = 'predicted',
-    method: str | type | Callable = 'grad_x_act',  # any of `attribute`
+    method: str | type | Callable = 'grad_x_act',  # any `attribution` of `SGDrop`
 ) -> AttributionInterpretation:
     "Compute the attribution of every image of a set"
     with no_random():
@@ -82,7 +82,7 @@ def from_learner(cls: AttributionInterpretation,
 def pictures(self: AttributionInterpretation,
     numbers: list[int],  # numbers of images
 ) -> Tensor:  # n×C×H×W, from 0 to 1
-    "Return images as they were before normalization"
+    "Return images without normalization"
     with no_random():
         dl = self.dl.new(get_idxs=lambda: numbers, n=len(numbers), num_workers=0)
         xs = [x.as_subclass(Tensor) for x, *_ in dl]
@@ -94,23 +94,25 @@ def _draw(interps, numbers, names, vmax, axes):
     pictures, labels = interps[0].pictures(numbers), interps[0].images.label[numbers]
     size, (rows, columns) = pictures.shape[2:], (1 + len(interps), len(numbers))
     shares = [metrics.pixel_shares(i.maps[numbers], size) for i in interps]
-    vmax = vmax or common_scale(*shares)
+    if vmax is None and len(interps) == 1: tops = [common_scale(s) for s in shares[0]]
+    else: tops = [vmax or common_scale(*shares)] * columns
     if axes is None:
         fig = plt.figure(layout='constrained', figsize=(1.35 * columns + 1, 1.7 * rows))
         axes = fig.subplots(rows, columns, squeeze=False)
     if np.shape(axes) != (rows, columns):
-        raise ValueError(f'axes must be {rows}×{columns}, got {np.shape(axes)}')
+        raise ValueError(f'axes must be {rows}×{columns}, got {np.shape(axes)}; '
+                         'leave axes out to get new ones')
     for ax, picture, label in zip(axes[0], pictures, labels):
-        show_attribution(picture, ax=ax).set_title(fill(label, 18), fontsize=9)
+        title = fill(f'true: {label}', 18)
+        show_attribution(picture, ax=ax).set_title(title, fontsize=9)
     for row, interp, share, name in zip(axes[1:], interps, shares, names):
         described = interp.images.loc[numbers].itertuples()
-        for ax, picture, s, i in zip(row, pictures, share, described):
-            title = fill(f'{"✓" if i.right else "✗"} {i.predicted}', 18)
+        for ax, picture, s, top, i in zip(row, pictures, share, tops, described):
+            title = fill(f'predicted: {i.predicted} {"✓" if i.right else "✗"}', 18)
             title += f'\n{i.probability:.0%}, area {i.effective_area:.2f}'
-            show_attribution(picture, s, vmax=vmax, ax=ax).set_title(title, fontsize=9)
+            show_attribution(picture, s, vmax=top, ax=ax).set_title(title, fontsize=9)
         row[0].set_ylabel(name)
-    axes[0, 0].figure.colorbar(axes[-1, -1].images[-1], ax=axes, shrink=0.8,
-                               label='attribution (1 = spread evenly)')
+    attribution_bar(axes, shrink=0.8)
     return axes
 
 # %% ../nbs/11_interpret.ipynb #c8f742d0
@@ -122,7 +124,7 @@ _WHICH = dict(focused=('effective_area', 'nsmallest'),
 def chosen(self: AttributionInterpretation,
     # 'focused', 'spread', 'top_losses', or numbers of images
     which: str | list[int] = 'focused',
-    k: int = 6,  # how many, where `which` is a name
+    k: int = 6,  # how many, if `which` is a name
 ) -> list[int]:  # numbers of images
     "Select images by effective area, by loss or by number"
     if isinstance(which, str) and which in _WHICH:
@@ -138,8 +140,8 @@ def chosen(self: AttributionInterpretation,
 def plot_attributions(self: AttributionInterpretation,
     # 'focused', 'spread', 'top_losses', or numbers of images
     which: str | list[int] = 'focused',
-    k: int = 6,  # how many, where `which` is a name
-    # upper end of the scale, in multiples of an even spread; None for one that fits
+    k: int = 6,  # how many, if `which` is a name
+    # upper end of the scale, in multiples of an even spread; None: each image its own
     vmax: float | None = None,
     axes: np.ndarray | None = None,  # 2×k matplotlib axes; new ones if None
 ) -> np.ndarray:  # the axes
@@ -160,9 +162,9 @@ def compare(self: AttributionInterpretation,
     other: AttributionInterpretation,  # of another network, over the same images
     # 'differ', 'focused', 'spread', 'top_losses', or numbers of images
     which: str | list[int] = 'differ',
-    k: int = 6,  # how many, where `which` is a name
-    names: tuple[str, str] = ('this', 'other'),  # of the networks
-    # upper end of the scale, in multiples of an even spread; None for one that fits
+    k: int = 6,  # how many, if `which` is a name
+    names: tuple[str, str] = ('this', 'other'),  # names of the networks
+    # upper end of the scale, in multiples of an even spread; None: one that fits all
     vmax: float | None = None,
     axes: np.ndarray | None = None,  # 3×k matplotlib axes; new ones if None
 ) -> np.ndarray:  # the axes
@@ -191,8 +193,8 @@ def _deletion_curves(interp, numbers, steps):
 # %% ../nbs/11_interpret.ipynb #ae1fab6a
 @patch
 def deletion_curve(self: AttributionInterpretation,
-    n: int = 100,  # how many images, spread evenly over the set
-    steps: int = 16,  # in how many steps the pixels are removed
+    n: int = 100,  # number of images, spread evenly over the set
+    steps: int = 16,  # number of steps
     label: str = 'the network',  # name of the curve
     baseline: bool = True,  # also draw the curve for pixels in random order?
     ax: plt.Axes | None = None,  # matplotlib axes; new ones if None

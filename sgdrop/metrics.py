@@ -26,7 +26,7 @@ __all__ = ['attribution_ratio', 'effective_area', 'gini', 'pixel_shares', 'relev
 # %% ../nbs/08_metrics.ipynb #40d373ec
 def attribution_ratio(
     A: Tensor,  # attribution ≥ 0, B×C×H×W or B×1×H×W
-    threshold: float = 0.,  # τ, as a share of each image's largest, in [0, 1)
+    threshold: float = 0.,  # τ, as a share of each image's largest value, in [0, 1)
 ) -> Tensor:  # B values from 0 to 1
     "Return the share of the map that carries attribution (Bertoin et al. 2024)"
     rows = A.flatten(1)
@@ -35,7 +35,7 @@ def attribution_ratio(
 
 # %% ../nbs/08_metrics.ipynb #5020479a
 def _position_shares(A):
-    "Return each position's share of its image's attribution, B×N; 0 without any"
+    "Return each position's share of its image's attribution, B×N; 0 if there is none"
     positions = A.float().sum(1).flatten(1)
     total = positions.sum(1, keepdim=True)
     return positions / total.where(total > 0, torch.ones_like(total))
@@ -44,7 +44,7 @@ def _position_shares(A):
 def effective_area(
     A: Tensor,  # attribution ≥ 0, B×C×H×W or B×1×H×W
 ) -> Tensor:  # B values from 1/N to 1; 0 where there is no attribution
-    "Return how large a part of the map the attribution fills: exp(entropy) / N"
+    "Return the part of the map that the attribution fills: exp(entropy) / N"
     shares = _position_shares(A)
     area = torch.special.entr(shares).sum(1).exp() / shares.shape[1]
     return torch.where(shares.sum(1) > 0, area, 0.)
@@ -53,7 +53,7 @@ def effective_area(
 def gini(
     A: Tensor,  # attribution ≥ 0, B×C×H×W or B×1×H×W
 ) -> Tensor:  # B values from 0 (even) to 1 − 1/N; NaN where there is no attribution
-    "Return how unevenly the attribution is spread over the positions"
+    "Return the Gini coefficient of the attribution over the positions"
     shares = _position_shares(A).sort(1).values
     n = shares.shape[1]
     weights = 2 * torch.arange(1, n + 1, device=A.device) - n - 1
@@ -98,7 +98,7 @@ def region_iou(
     A: Tensor,  # attribution ≥ 0, B×C×h×w or B×1×h×w
     region: Tensor,  # bool, B×1×H×W, at the size of the image
 ) -> Tensor:  # B values from 0 to 1; NaN where the region is empty
-    "Return the overlap of a region and as many of the most salient pixels, as IoU"
+    "Return the IoU of a region and an equal number of the most salient pixels"
     salient = _pixel_ranks(A, region.shape[2:]) < region.sum((1, 2, 3), keepdim=True)
     return (salient & region).sum((1, 2, 3)) / (salient | region).sum((1, 2, 3))
 
@@ -106,13 +106,13 @@ def region_iou(
 def attributed(
     batches: Iterable[tuple],  # inputs and labels, such as a `DataLoader`
     model: nn.Module,  # a network for images
-    # where: a layer by name or itself; None for the last feature map
+    # layer to explain, by name or as a module; None for the last feature map
     layer: str | nn.Module | None = None,
-    # whose attribution: 'predicted', 'label', or see `class_mask`
+    # class to explain: 'predicted', 'label', or any target of `class_mask`
     target: str | int | Tensor = 'predicted',
     method: str | type | Callable = 'grad_x_act',  # any `attribution` of `SGDrop`
 ) -> Iterator[tuple]:  # per batch: inputs (a tuple), labels, logits B×K, attribution
-    "Compute the attribution of batch after batch, in evaluation mode"
+    "Yield the attribution of each batch, in evaluation mode"
     model, name, head = unwrapped(model), None, None
     by_label = isinstance(target, str) and target == 'label'
     for *xb, y in batches:
@@ -132,10 +132,10 @@ def attributed(
 # %% ../nbs/08_metrics.ipynb #0afb4f6c
 def model_attribution(
     model: nn.Module,  # a network for images
-    *xb: Tensor,  # its input, usually one batch of images B×3×H×W
-    # where: a layer by name or itself; None for the last feature map
+    *xb: Tensor,  # its inputs, usually one batch of images B×3×H×W
+    # layer to explain, by name or as a module; None for the last feature map
     layer: str | nn.Module | None = None,
-    target: str | int | Tensor = 'predicted',  # see `class_mask`
+    target: str | int | Tensor = 'predicted',  # class to explain: see `class_mask`
     method: str | type | Callable = 'grad_x_act',  # any `attribution` of `SGDrop`
 ) -> Tensor:  # attribution ≥ 0, B×C×h×w or B×1×h×w
     "Return the attribution of one batch, in evaluation mode"
@@ -143,17 +143,17 @@ def model_attribution(
 
 # %% ../nbs/08_metrics.ipynb #0cb2aaff
 def even_indices(
-    of: int,  # how many there are
-    n: int,  # how many to choose; all if there are no more
+    of: int,  # size of the set
+    n: int,  # size of the sample; the whole set if that is smaller
 ) -> Tensor:  # indices, ascending
     "Return indices that are spread evenly over a set"
     return torch.linspace(0, of - 1, min(n, of)).long()
 
 def in_order(
-    dls: object,  # fastai's training and validation images
+    dls: object,  # fastai's `DataLoaders`
     part: str = 'valid',  # 'train', with its augmentation, or 'valid'
-    n: int | None = None,  # how many images, spread evenly over the set; None for all
-) -> Iterable:  # a loader
+    n: int | None = None,  # size of the sample, spread evenly; None for all
+) -> Iterable:  # a loader of the images
     "Return a loader of images in a fixed order"
     items = getattr(dls, part).dataset
     chosen = even_indices(len(items), n or len(items))
@@ -162,7 +162,7 @@ def in_order(
 
 # %% ../nbs/08_metrics.ipynb #8e250275
 def _scaled_activations(out):
-    "Return each channel's mean, from the layer's weakest (0) to its strongest (1)"
+    "Return each channel's mean, scaled to 0 to 1 within the layer"
     means = out.float().flatten(2).mean(2) if out.ndim > 2 else out.float()
     low, high = means.amin(1, keepdim=True), means.amax(1, keepdim=True)
     return (means - low) / (high - low).clamp(min=torch.finfo(means.dtype).tiny)
@@ -179,9 +179,9 @@ def _covered_layers(model, layers, *xb):
 def neuron_coverage(
     model: nn.Module,  # a network for images
     batches: Iterable[tuple],  # inputs and labels, such as a `DataLoader`
-    # layers by name or themselves; None for all activation functions
+    # layers, by name or as modules; None for all activation functions
     layers: list[str | nn.Module] | None = None,
-    threshold: float = 0.5,  # least scaled activation of an active neuron, in [0, 1)
+    threshold: float = 0.5,  # scaled activation that a neuron has to exceed, in [0, 1)
 ) -> pd.Series:  # layer name → share of its neurons; 'all' for all together
     "Return the share of neurons that a set of images activates (Pei et al. 2017)"
     check_fraction('threshold', threshold)
@@ -196,20 +196,21 @@ def neuron_coverage(
                     key = name if i == 1 else f'{name} ({i})'
                     active = (_scaled_activations(out) > threshold).any(0)
                     covered[key] = covered.get(key, active) | active
-    if not covered: raise ValueError('no images to measure on: the loader is empty')
+    if not covered: raise ValueError(
+        'the loader is empty; neuron coverage needs at least one batch of images')
     covered['all'] = torch.cat(list(covered.values()))
     return pd.Series({key: c.float().mean().item() for key, c in covered.items()})
 
 # %% ../nbs/08_metrics.ipynb #e6121513
 def _blurred(x):
-    "Remove the details of images and keep their colours"
+    "Blur images until only their colours remain"
     sigma = x.shape[2] / 10
     kernel = 2 * min(int(3 * sigma), min(x.shape[2:]) - 1) + 1
     return gaussian_blur(x, [kernel, kernel], [sigma, sigma])
 
 # %% ../nbs/08_metrics.ipynb #e97eeb48
 def _perturbation_curve(model, x, A, target, steps, before, after):
-    "Return a class's probability while pixels are replaced, most salient first"
+    "Return the class probability while pixels are replaced, most salient first"
     ranks, curve = _pixel_ranks(A, x.shape[2:]), []
     with eval_mode(model):
         classes = class_mask(target, class_logits(model(x)))
@@ -224,10 +225,11 @@ def deletion_curve(
     x: Tensor,  # images, B×3×H×W
     A: Tensor,  # attribution ≥ 0, B×C×h×w or B×1×h×w
     target: str | int | Tensor = 'predicted',  # whose probability: see `class_mask`
-    steps: int = 16,  # how many times pixels are taken away
-    fill: float | Tensor = 0.,  # in their place; 0: the mean of normalized images
-) -> Tensor:  # B×(steps + 1) probabilities, from the whole image to none of it
-    "Return a class's probability while the most salient pixels are taken away"
+    steps: int = 16,  # number of steps
+    # value of removed pixels; 0 is the mean of normalized images
+    fill: float | Tensor = 0.,
+) -> Tensor:  # B×(steps + 1) probabilities, from the whole image to nothing
+    "Return the class probability while pixels are removed, most salient first"
     gone = torch.zeros_like(x) + fill
     return _perturbation_curve(model, x, A, target, steps, before=x, after=gone)
 
@@ -237,10 +239,10 @@ def insertion_curve(
     x: Tensor,  # images, B×3×H×W
     A: Tensor,  # attribution ≥ 0, B×C×h×w or B×1×h×w
     target: str | int | Tensor = 'predicted',  # whose probability: see `class_mask`
-    steps: int = 16,  # how many times pixels are put in
-    canvas: Tensor | None = None,  # where to, shape of `x`; None for a blurred `x`
-) -> Tensor:  # B×(steps + 1) probabilities, from nothing of the image to all of it
-    "Return a class's probability while the most salient pixels are put in"
+    steps: int = 16,  # number of steps
+    canvas: Tensor | None = None,  # image to start from; None for a blurred `x`
+) -> Tensor:  # B×(steps + 1) probabilities, from the canvas to the whole image
+    "Return the class probability while pixels are added, most salient first"
     canvas = _blurred(x) if canvas is None else canvas
     return _perturbation_curve(model, x, A, target, steps, before=canvas, after=x)
 
@@ -253,7 +255,7 @@ def curve_auc(
 
 # %% ../nbs/08_metrics.ipynb #c2d3922a
 def _shuffled_positions(A, generator):
-    "Put the attribution of each position somewhere else, B×1×H×W"
+    "Shuffle the positions of the attribution, B×1×H×W"
     rows = A.sum(1).flatten(1)
     order = torch.rand(rows.shape, generator=generator).argsort(1).to(rows.device)
     return rows.gather(1, order).view(len(A), 1, *A.shape[2:])
@@ -268,7 +270,7 @@ def is_correct(
 
 # %% ../nbs/08_metrics.ipynb #015bfa5c
 def _correct_under(model, x, y, A, shares, fill):
-    "Return which images stay correct with each share of their pixels covered"
+    "Return which images are correct with each share of their pixels covered"
     ranks, right = _pixel_ranks(A, x.shape[2:]), []
     with eval_mode(model):
         for share in shares:
@@ -283,13 +285,14 @@ def occlusion_accuracy(
     batches: Iterable[tuple],  # images and labels, such as a `DataLoader`
     # shares of the pixels to cover, in [0, 1]
     shares: tuple[float, ...] = (0., 0.05, 0.1, 0.2, 0.3, 0.5),
-    # where attribution is taken, by name or itself; None for the last feature map
+    # layer to explain, by name or as a module; None for the last feature map
     layer: str | nn.Module | None = None,
     method: str | type | Callable = 'grad_x_act',  # any `attribution` of `SGDrop`
-    fill: float | Tensor = 0.,  # the cover; 0 is the mean of normalized images
+    # value of covered pixels; 0 is the mean of normalized images
+    fill: float | Tensor = 0.,
     seed: int = 0,  # of the random parts
 ) -> pd.DataFrame:  # accuracies 'salient' and 'random', one row per share
-    "Return the accuracy with the most salient part covered, and with a random part"
+    "Return the accuracy with the most salient part covered, and with a random one"
     generator, right = torch.Generator().manual_seed(seed), []
     for (x,), y, _, A in attributed(batches, model, layer, 'predicted', method):
         maps = A, _shuffled_positions(A, generator)
@@ -302,7 +305,7 @@ def occlusion_accuracy(
 def calibration_error(
     probabilities: Tensor,  # B×K
     y: Tensor,  # class numbers, B
-    n_bins: int = 15,  # bins of confidence
+    n_bins: int = 15,  # number of bins
 ) -> float:  # in [0, 1]
     "Return the expected calibration error of the predicted class"
     confidence, predicted = probabilities.max(1)

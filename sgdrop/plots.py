@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from .metrics import pixel_shares
 
 # %% auto #0
-__all__ = ['show_attribution', 'common_scale', 'plot_focus', 'plot_attribution_history', 'forest_plot']
+__all__ = ['show_attribution', 'attribution_bar', 'common_scale', 'plot_focus', 'plot_attribution_history', 'forest_plot']
 
 # %% ../nbs/09_plots.ipynb #38544e19
 _ramp = np.linspace(0, 1, 256)
@@ -31,7 +32,7 @@ def show_attribution(
     region: Tensor | None = None,  # bool, 1×H×W, to be outlined
     vmax: float = 10.,  # upper end of the scale, in multiples of an even spread
     ax: Axes | None = None,  # matplotlib axes; new ones if None
-) -> Axes:  # a colour bar takes its `images[-1]`
+) -> Axes:  # the axes
     "Draw an image, its attribution and the outline of a region"
     ax = ax or plt.subplots(figsize=(2, 2), layout='constrained')[1]
     if share is None:
@@ -43,6 +44,22 @@ def show_attribution(
         ax.contour(region[0].float(), [0.5], colors=colour, linewidths=width)
     ax.set(xticks=[], yticks=[])
     return ax
+
+# %% ../nbs/09_plots.ipynb #226a9ca5
+def attribution_bar(
+    axes: Axes | np.ndarray,  # one or several axes of `show_attribution`
+    **kwargs: object,  # passed to matplotlib's `colorbar`, such as `shrink`
+) -> Colorbar:
+    "Add the colour bar of attribution, over the gray of an image"
+    overlays = [image for ax in np.ravel(axes) for image in ax.images
+                if image.cmap == _OVERLAY]
+    bar = overlays[0].figure.colorbar(overlays[0], ax=axes, **kwargs)
+    bar.ax.set_facecolor('0.67')  # of a pixel halfway between black and white
+    bar.set_label('attribution\n(1 = spread evenly)')
+    if len({image.norm.vmax for image in overlays}) > 1:
+        bar.set_ticks([0, overlays[0].norm.vmax], labels=['0', 'max'])
+        bar.set_label('attribution\n(scale per image)')
+    return bar
 
 # %% ../nbs/09_plots.ipynb #465ae57b
 def common_scale(
@@ -56,7 +73,7 @@ def common_scale(
 def plot_focus(
     history: list[dict],  # a row per epoch, as in `FocusRecorder.history`
     ax: Axes | None = None,  # matplotlib axes; new ones if None
-) -> Axes:  # those of the attribution ratio; the gap has a twin of them
+) -> Axes:  # of the attribution ratio; the gap is on a twin
     "Draw attribution ratio and generalization gap over the epochs"
     ax = ax or plt.subplots(figsize=(5, 3), layout='constrained')[1]
     rows = pd.DataFrame(history)
@@ -76,7 +93,7 @@ def plot_attribution_history(
     vmax: float = 10.,  # upper end of the scale, in multiples of an even spread
     axes: np.ndarray | None = None,  # n×(1 + epochs) matplotlib axes; new ones if None
 ) -> np.ndarray:  # the axes
-    "Draw images, and their attribution at some epochs on one scale"
+    "Draw images, and their attribution at several epochs on one scale"
     n, columns = len(images), len(maps) + 1
     if axes is None: _, axes = plt.subplots(n, columns, squeeze=False,
         figsize=(1.5 * columns + 1.2, 1.5 * n + 0.3), layout='constrained')
@@ -85,8 +102,7 @@ def plot_attribution_history(
         column[0].set_title(f'epoch {epoch + 1}', fontsize=10)
         for ax, image, share in zip(column, images, pixel_shares(A, images.shape[2:])):
             show_attribution(image, share, vmax=vmax, ax=ax)
-    axes[0, 0].figure.colorbar(axes[0, -1].images[-1], ax=axes, shrink=0.8,
-                               label='attribution\n(1 = spread evenly)')
+    attribution_bar(axes, shrink=0.8)
     return axes
 
 # %% ../nbs/09_plots.ipynb #358e5321

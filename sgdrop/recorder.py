@@ -30,14 +30,14 @@ class FocusRecorder(Callback):
     _stateattrs = ('samples',)  # made by each fit, so never exported
 
     def __init__(self,
-        n_images: int = 256,  # how many training images, and how many validation images
-        # where attribution is taken, by name or itself; None for the last feature map
+        n_images: int = 256,  # size of each sample, from training and validation
+        # layer to explain, by name or as a module; None for the last feature map
         layer: str | nn.Module | None = None,
         method: str | type | Callable = 'grad_x_act',  # any `attribution` of `SGDrop`
-        n_maps: int = 4,  # how many validation images' attribution to keep for plots
-        # further columns: name → function from attribution to B values
+        n_maps: int = 4,  # number of validation images whose maps are kept for plots
+        # more columns: name → function from attribution to B values
         measures: dict[str, Callable] | None = None,
-        # show the training images with their augmentation, drawn once per fit?
+        # measure training images with augmentation, drawn once per fit?
         augmented: bool = False,
     ):
         store_attr()
@@ -52,7 +52,8 @@ def before_fit(self: FocusRecorder):
     "Announce the columns"
     self.samples, self.trained = None, False
     if not hasattr(self.dls.valid, 'new'): raise TypeError(
-        f'FocusRecorder needs loaders of DataLoaders.from_dsets, got {self.dls.valid}')
+        f'dls.valid is a {type(self.dls.valid).__name__}; FocusRecorder expects '
+        'fastai loaders, which DataLoaders.from_dsets makes from any dataset')
     names = self.recorder.metric_names
     self.at = len(names) - self.recorder.add_time
     self.recorder.metric_names = names[:self.at] + self.columns + names[self.at:]
@@ -68,7 +69,7 @@ def after_fit(self: FocusRecorder): self.samples = None
 # %% ../nbs/10_recorder.ipynb #c6e270ba
 def without_augmentation(
     items: object,  # a training set
-) -> object:  # the same images
+) -> object:  # a set of the same images
     "Return a set with the transforms of validation instead of training"
     if isinstance(items, TfmdLists): return items._new(items.items, split_idx=1)
     if not isinstance(items, Datasets): return items  # not fastai's: no such split
@@ -117,7 +118,7 @@ def _measure(self: FocusRecorder, sample):
 # %% ../nbs/10_recorder.ipynb #0938d33e
 @patch
 def after_validate(self: FocusRecorder):
-    "Measure, after a training epoch"
+    "Measure after a training epoch"
     if not self.trained: return  # `learn.validate` alone
     with no_random():
         if self.samples is None: self._load_samples()
@@ -137,18 +138,20 @@ def plot(self: FocusRecorder,
     ax: Axes | None = None,  # matplotlib axes; new ones if None
 ) -> Axes:
     "Draw attribution ratio and generalization gap over the epochs of the last fit"
-    if not self.history: raise ValueError('nothing has been recorded: fit first')
+    if not self.history: raise ValueError(
+        'the recorder has no epochs yet: fit first, with the recorder among cbs')
     return plot_focus(self.history, ax)
 
 # %% ../nbs/10_recorder.ipynb #7e9cce1a
 @patch
 def plot_maps(self: FocusRecorder,
-    epochs: list[int] | None = None,  # which, from 0; None for four, evenly spread
+    epochs: list[int] | None = None,  # epochs to draw, from 0; None for four of them
     vmax: float = 10.,  # upper end of the scale, in multiples of an even spread
     axes: ndarray | None = None,  # axes, one row per image; new ones if None
 ) -> ndarray:  # the axes
-    "Draw a few images, and their attribution at some epochs of the last fit"
-    if not self.maps: raise ValueError('nothing has been recorded: fit first')
+    "Draw a few images, and their attribution at several epochs of the last fit"
+    if not self.maps: raise ValueError(
+        'the recorder has no epochs yet: fit first, with the recorder among cbs')
     chosen = epochs or [list(self.maps)[i] for i in even_indices(len(self.maps), 4)]
     maps = {epoch: self.maps[epoch] for epoch in chosen}
     return plot_attribution_history(self.images, maps, vmax, axes)

@@ -14,7 +14,7 @@ __all__ = ['paired_difference', 'paired_table', 'format_difference', 'difference
 
 # %% ../nbs/13_stats.ipynb #05aefe4b
 def _refuse(pairs, problem, fix):
-    "Raise a `ValueError` that names these pairs, if there are any"
+    "Raise a `ValueError` that names the pairs, if there are any"
     records = pairs.to_frame().to_dict('records')
     named = '; '.join(', '.join(f'{k}={v}' for k, v in r.items()) for r in records)
     if named: raise ValueError(f'{problem} {named}; {fix}')

@@ -70,7 +70,7 @@ def empty_machine(tmp_path, monkeypatch):
 @pytest.fixture
 def no_network(monkeypatch):
     "Make every download of an image set fail"
-    def unreachable(url): raise URLError('no network')
+    def unreachable(url, **kwargs): raise URLError('no network')
     monkeypatch.setattr('sgdrop.data.untar_data', unreachable)
 
 

@@ -126,5 +126,5 @@ def test_imagenette_validates_on_whole_official_images(with_tiny_sets, tiny_sets
 
 
 def test_a_missing_set_without_a_network_names_its_folder(empty_machine, no_network):
-    with pytest.raises(FileNotFoundError, match='its folder belongs at .*17flowers'):
+    with pytest.raises(FileNotFoundError, match='put its folder at .*17flowers'):
         fetch_set('flowers17')

@@ -98,7 +98,7 @@ def test_a_vision_learner_is_measured_and_plotted():
     assert table.index.tolist() == ['church', 'golf ball', 'horn', 'all']
     assert table.images.tolist() == [4, 4, 4, 12]
     axes = interp.plot_attributions([0, 7], vmax=3)
-    assert axes.shape == (2, 2) and axes[0, 0].get_title() == 'horn'
+    assert axes.shape == (2, 2) and axes[0, 0].get_title() == 'true: horn'
     assert axes[1, 0].images[-1].norm.vmax == 3
     assert len(interp.deletion_curve(n=5, steps=4).lines) == 2
 
@@ -182,6 +182,14 @@ def test_given_axes_are_used(learn):
     assert interp.deletion_curve(n=4, steps=2, ax=axes[0, 0]) is axes[0, 0]
     with pytest.raises(ValueError, match='axes must be 3×2'):
         interp.compare(interp, k=2, axes=axes[:2])
+
+
+def test_networks_share_a_scale_and_images_of_one_network_do_not(learn):
+    interp = from_learner(learn)
+    def scales(axes): return {ax.images[-1].norm.vmax for ax in axes[1:].flat}
+    assert len(scales(interp.compare(interp, k=4))) == 1
+    assert len(scales(interp.plot_attributions(k=4))) > 1
+    assert scales(interp.plot_attributions(k=4, vmax=3)) == {3}
 
 
 def test_long_class_names_are_wrapped(learn):

@@ -25,7 +25,7 @@ __all__ = ['VARIANTS', 'OVERHEAD', 'overhead_table']
 
 # %% ../../nbs/experiments/04_overhead.ipynb #ab3f5400
 def _step_learner(net, size, batch=8, device='cpu'):
-    "Make a learner of ten classes of noise"
+    "Make a learner on noise with ten classes"
     set_seed(0)
     items = [(torch.randn(3, size, size), torch.tensor(i % 10)) for i in range(batch)]
     dls = DataLoaders.from_dsets(items, items[:1], bs=batch, num_workers=0,
@@ -34,12 +34,13 @@ def _step_learner(net, size, batch=8, device='cpu'):
                    opt_func=partial(SGD, mom=0.9))
 
 # %% ../../nbs/experiments/04_overhead.ipynb #715e6250
-# name → maker of the callbacks that are added to plain training
+# name → function that makes the callbacks added to plain training
 VARIANTS: dict[str, Callable[[], list[Callback]]] = {
     'plain': list,
     'defaults': lambda: [SGDropCallback()],
     'head teacher': lambda: [SGDropCallback(teacher='head')],
-    'full teacher': lambda: [SGDropCallback(teacher='full')]}
+    'full teacher': lambda: [SGDropCallback(teacher='full')],
+    'two rounds': lambda: [SGDropCallback(rounds=2)]}
 
 def _step_times(net, size, batch=8, turns=5, device='cpu', variants=VARIANTS):
     "Time a training step of each variant, in turns"

@@ -45,7 +45,7 @@ def small_resnet(
     *stages: tuple[int, int],  # (channels, stride) of each residual block
     n_out: int = 10,  # number of classes
 ) -> nn.Sequential:
-    "Make a small residual network for small images"
+    "Make a residual network for small images"
     widths = [16, *[width for width, _ in stages]]
     blocks = [ResBlock(1, n_in, width, stride=stride)
               for n_in, (width, stride) in zip(widths, stages)]
@@ -97,7 +97,7 @@ def small_network(
 
 # %% ../../nbs/experiments/00_training.ipynb #65b16344
 class ErasePerImage(Callback):
-    "Random erasing (Zhong et al. 2020), drawn for each image of a batch"
+    "Random erasing (Zhong et al. 2020), separately for each image of a batch"
     run_valid = False
     def __init__(self,
         p: float = 0.5,  # probability that an image gets a hole
@@ -110,11 +110,11 @@ class ErasePerImage(Callback):
 
 # %% ../../nbs/experiments/00_training.ipynb #1b2d06d2
 class AverageWeights(Callback):
-    "Weight averaging: the trained network is an average over the training"
+    "An exponential moving average of the weights as the trained network"
     order, run_valid = 60, False
     def __init__(self,
         decay: float = 0.99,  # share of the old weights kept at each step, in [0, 1)
-        warmup: bool = True,  # begin with smaller decays?
+        warmup: bool = True,  # start with smaller decays?
     ): self.decay, self.warmup = decay, warmup
 
     def before_fit(self):
@@ -129,8 +129,8 @@ class RSC(Callback):
     "Representation self-challenging (Huang et al. 2020, section 3)"
     run_valid, hook = False, None
     def __init__(self,
-        drop: float = 1 / 3,  # share of positions or channels to mute, in [0, 1)
-        share: float = 1 / 3,  # of the images that are changed, in [0, 1]
+        drop: float = 1 / 3,  # share of positions or channels to set to zero, in [0, 1)
+        share: float = 1 / 3,  # largest share of images to change, in [0, 1]
     ): self.drop, self.share = drop, share
 
     def before_fit(self): self.rng = torch.Generator().manual_seed(torch.initial_seed())
@@ -184,7 +184,7 @@ class JTT(Callback):
     run_valid = False
     def __init__(self,
         epochs: int = 10,  # of the first network
-        weight: float = 20.,  # how much more often its errors are sampled
+        weight: float = 20.,  # how many times as often its errors are sampled
     ): self.epochs, self.weight = epochs, weight
 
     def before_fit(self):
@@ -244,14 +244,15 @@ AS_PUBLISHED = dict(sgdrop=dict(rho=0.1, granularity='element', p=1., teacher='f
 def _head_apart(model): return [params(model[:-1]), params(model[-1:])]
 
 def new_learner(
-    loaders: Callable[[], DataLoaders],  # maker of the images
-    network: Callable[..., nn.Sequential],  # maker of a network: see `small_network`
+    loaders: Callable[[], DataLoaders],  # function that makes the images
+    network: Callable[..., nn.Sequential],  # makes the network: see `small_network`
     seed: int,  # of batches, augmentation and initial weights
     recipe: dict[str, dict] | None = None,  # method → its settings
-) -> tuple[Learner, list[Callback]]:  # and what to fit it with
+) -> tuple[Learner, list[Callback]]:  # and the callbacks to fit it with
     "Make a learner with a fresh network and the methods of a recipe"
     unknown = sorted((recipe or {}).keys() - METHODS.keys())
-    if unknown: raise ValueError(f'no method {unknown}; there are {list(METHODS)}')
+    if unknown: raise ValueError(
+        f'unknown methods {unknown} in the recipe; choose from {list(METHODS)}')
     made = [METHODS[name](**settings) for name, settings in (recipe or {}).items()]
     cbs = [part.pop('cb') for part in made if 'cb' in part]
     added = {name: part for each in made for name, part in each.items()}
@@ -282,27 +283,27 @@ class BFloat16(Callback):
 
 # %% ../../nbs/experiments/00_training.ipynb #0c8102c6
 def fit(
-    learn: Learner,  # to be trained
-    epochs: int,  # how many
-    *cbs: Callback,  # of this fit
+    learn: Learner,  # learner to train
+    epochs: int,  # number of epochs
+    *cbs: Callback,  # callbacks of this fit
     lr: float = 5e-3,  # largest learning rate of the one-cycle schedule
-) -> Learner:  # the same
-    "Train without a bar, a log or validation"
+) -> Learner:  # the same learner
+    "Train without a progress bar, a log or validation"
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(epochs, lr, cbs=[SkipValidation(), *cbs])
     return learn
 
 # %% ../../nbs/experiments/00_training.ipynb #d0e5476b
 def warned(
-    cbs: list[Callback],  # of a fit
+    cbs: list[Callback],  # callbacks of a fit
 ) -> list[str]:  # kinds of `SaliencyWarning`, sorted
-    "Return what SGDrop has warned of"
+    "Return the kinds of warnings that SGDrop has given"
     engines = [cb.engine for cb in cbs if isinstance(cb, SGDropCallback) and cb.engine]
     return sorted(kind.__name__ for each in engines for kind in each.monitor.warned)
 
 # %% ../../nbs/experiments/00_training.ipynb #06decb69
-# files that training and tuning draw from, their label, all classes, images per class,
-# tuning images per class, and files of the test; None for all that is left
+# files for training and tuning, their label, all classes, images per class,
+# tuning images per class, and files for the test; None for all that are left
 _Photographs = namedtuple('_Photographs', 'files label vocab per_class n_tuning test')
 
 def _files(name, part=''): return sorted(get_image_files(fetch_set(name) / part))
@@ -318,10 +319,10 @@ PHOTOGRAPHS = dict(
 
 def split_files(
     dataset: str,  # a name in `PHOTOGRAPHS`
-    part: str,  # what to look at: 'tuning' or 'test'
-    share: float,  # of the images per class to train on
-    split_seed: int,  # of the choice of images
-) -> tuple[list, list]:  # files for training, and to look at
+    part: str,  # images for evaluation: 'tuning' or 'test'
+    share: float,  # share of the images per class to train on
+    split_seed: int,  # seed of the choice of images
+) -> tuple[list, list]:  # files for training and for evaluation
     "Choose the images of one split"
     data = PHOTOGRAPHS[dataset]
     files, n = data.files(), round(data.per_class * share)
@@ -335,9 +336,9 @@ def split_files(
 # %% ../../nbs/experiments/00_training.ipynb #65c1ace7
 def in_memory(
     dataset: str,  # 'imagenette' or 'flowers17'
-    part: str = 'tuning',  # what to look at: 'tuning' or 'test'
-    share: float = 0.1,  # of the images per class to train on
-    split_seed: int = 0,  # of the choice of images
+    part: str = 'tuning',  # images for evaluation: 'tuning' or 'test'
+    share: float = 0.1,  # share of the images per class to train on
+    split_seed: int = 0,  # seed of the choice of images
 ) -> DataLoaders:
     "Load the images of one split, at 64 pixels"
     data = PHOTOGRAPHS[dataset]
@@ -364,11 +365,11 @@ def _seconds(step, device):
     return clock() - began
 
 def take_turns(
-    steps: dict[str, Callable[[], object]],  # by name
-    turns: int = 5,  # how often each step is timed
+    steps: dict[str, Callable[[], object]],  # functions by name
+    turns: int = 5,  # how many times each step is timed
     device: str = 'cpu',  # 'cpu' or 'cuda'
 ) -> pd.DataFrame:  # seconds, a row per turn, a column per step
-    "Time several steps alternately, after one turn that sets things up"
+    "Time several steps in turns, after one turn to warm up"
     names, rows = list(steps), []
     for turn in range(1 + turns):
         order = (names[turn % len(names):] + names[:turn % len(names)])[::(-1) ** turn]
@@ -377,16 +378,16 @@ def take_turns(
 
 def ratios(
     seconds: pd.DataFrame,  # of `take_turns`
-    to: str = 'plain',  # the step that counts as 1
-) -> pd.DataFrame:  # a row per step: 'low', 'median', 'high', the quartiles
-    "Divide each step's time by another's in the same turn"
+    to: str = 'plain',  # the step whose time counts as 1
+) -> pd.DataFrame:  # a row per step, with the quartiles 'low', 'median', 'high'
+    "Divide each step's time by that of another in the same turn"
     quartiles = seconds.div(seconds[to], axis=0).quantile([0.25, 0.5, 0.75]).T
     return quartiles.set_axis(['low', 'median', 'high'], axis=1)
 
 # %% ../../nbs/experiments/00_training.ipynb #1dd1ec01
 def training_step(
-    learn: Learner,  # whose step
-    *cbs: Callback,  # of the fit
+    learn: Learner,  # learner of the step
+    *cbs: Callback,  # callbacks of the fit
 ) -> Callable[[], None]:
     "Return a function that does one training step"
     learn.remove_cb(ProgressCallback)

@@ -1,5 +1,6 @@
 "Notebooks as pages of the site, and the index of names: conf.py connects `read`."
 import ast
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from notebooks import callouts, cells, definitions, exports, option, outside_cod
 
 DOCS = Path(__file__).resolve().parent
 ROOT, NBS = DOCS.parent, DOCS.parent/'nbs'
+HTML = '```{{raw}} html\n{}\n```'
 
 
 def read(app, docname, source):
@@ -29,6 +31,7 @@ def page(path):
             if 'export' in directives: made += targets(module, cell)
             figure(cell, directives)
         made.append(cell)
+        if 'touch' in directives: made.append(data_of(directives['touch']))
     made[0].source = opening(made[0].source, path)
     if path == NBS/'index.ipynb':
         home = new_markdown_cell((DOCS/'home.md').read_text(encoding='utf-8'))
@@ -57,6 +60,18 @@ def figure(cell, directives):
     if caption: cell.metadata.mystnb['figure'] = dict(caption=caption)
 
 
+def data_of(name):
+    "Return the data of an interactive figure, which touch.js makes of a cell's image"
+    table = ROOT/'sgdrop/experiments/results/touch.jsonl'
+    rows = [json.loads(line) for line in table.read_text(encoding='utf-8').splitlines()]
+    data = {key: rows[0][key] for key in ('classes', 'photographs')}
+    data['rows'] = [row[name] for row in rows]
+    text = json.dumps(data, separators=(',', ':'))
+    return new_markdown_cell(HTML.format(
+        f'<script type="application/json" class="touch" data-figure="{name}">{text}'
+        '</script>'))
+
+
 def opening(md, path):
     "Set a page's promise in larger type, and offer the notebook"
     name = path.relative_to(NBS).as_posix()
@@ -77,7 +92,14 @@ def prose(md):
     def to_name(m):
         module, name = m[2].replace('/', '.'), m[1].removesuffix('()').split('.')[0]
         return f'{{py:obj}}`{m[1]} <sgdrop.{module}.{name}>`'
-    return link.sub(to_name, md)
+    return outside_code(inline_drawings, link.sub(to_name, md))
+
+
+def inline_drawings(md):
+    "Put drawings into the page itself, where they follow its colours and width"
+    def text(m): return (ROOT/'nbs/images'/m[1]).read_text(encoding='utf-8').strip()
+    image = r'^!\[[^]]*\]\((?:\.\./)*images/(\w+\.svg)\)$'
+    return re.sub(image, lambda m: HTML.format(text(m)), md, flags=re.M)
 
 
 def index():

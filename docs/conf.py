@@ -49,7 +49,8 @@ html_theme_options = dict(
 ) if repository else {}
 html_favicon = 'favicon.svg'  # browsers that find none ask for /favicon.ico
 html_static_path = ['_static']
-html_css_files = ['site.css']
+html_css_files = ['site.css', 'touch.css']
+html_js_files = [('touch.js', dict(defer='defer'))]
 html_extra_path = ['images']  # for previews of links
 html_math_renderer = 'mathml'
 html_copy_source = html_show_sphinx = False

@@ -65,7 +65,9 @@ def render(links):
     text, _ = EXPORTER.from_notebook_node(new_notebook(cells=made, metadata=language))
     text = outside_code(lambda s: re.sub(r'\n\s*\n(?=\s*\n)', '\n', s), text)
     title, rest = with_install(text.strip(), links).split('\n\n', 1)
-    if links: rest = re.sub(r'\]\(nbs/([^)#]+)\.ipynb', rf']({links["site"]}\1.html', rest)
+    if links:
+        page = rf']({links["site"]}\1.html'
+        rest = re.sub(r'\]\(nbs/([^)#]+)\.ipynb', page, rest)
     return f'{NOTE}\n\n{title}\n\n{badges(links)}{rest}\n', pictures
 
 

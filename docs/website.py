@@ -1,5 +1,6 @@
 "Notebooks as pages of the site: conf.py connects `read`."
 import ast
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from notebooks import (
 
 DOCS = Path(__file__).resolve().parent
 ROOT, NBS = DOCS.parent, DOCS.parent/'nbs'
+HTML = '```{{raw}} html\n{}\n```'
 
 
 def read(app, docname, source, links):
@@ -31,6 +33,7 @@ def page(path, links):
             if 'export' in directives: made += targets(module, cell)
             figure(cell, directives)
         made.append(cell)
+        if 'touch' in directives: made.append(data_of(directives['touch']))
     made[0].source = opening(made[0].source, path, links)
     if path == NBS/'index.ipynb':
         below = next(i for i, c in enumerate(made) if c.source[:3] == '## ')
@@ -66,6 +69,18 @@ def figure(cell, directives):
     if caption: cell.metadata.mystnb['figure'] = dict(caption=caption)
 
 
+def data_of(name):
+    "Return the data of an interactive figure, which touch.js makes of a cell's image"
+    table = ROOT/'sgdrop/experiments/results/touch.jsonl'
+    rows = [json.loads(line) for line in table.read_text(encoding='utf-8').splitlines()]
+    data = {key: rows[0][key] for key in ('classes', 'photographs')}
+    data['rows'] = [row[name] for row in rows]
+    text = json.dumps(data, separators=(',', ':'))
+    return new_markdown_cell(HTML.format(
+        f'<script type="application/json" class="touch" data-figure="{name}">{text}'
+        '</script>'))
+
+
 def opening(md, path, links):
     "Set a page's promise in larger type, and offer the notebook"
     name = path.relative_to(NBS).as_posix()
@@ -96,7 +111,14 @@ def prose(md):
         module, name = m[2].replace('/', '.'), m[1].removesuffix('()').split('.')[0]
         if module.startswith('experiments.'): return f'`{m[1]}`'
         return f'{{py:obj}}`{m[1]} <sgdrop.{module}.{name}>`'
-    return link.sub(to_name, md)
+    return outside_code(inline_drawings, link.sub(to_name, md))
+
+
+def inline_drawings(md):
+    "Put drawings into the page itself, where they follow its colours and width"
+    def text(m): return (ROOT/'nbs/images'/m[1]).read_text(encoding='utf-8').strip()
+    image = r'^!\[[^]]*\]\((?:\.\./)*images/(\w+\.svg)\)$'
+    return re.sub(image, lambda m: HTML.format(text(m)), md, flags=re.M)
 
 
 def plain(md):

@@ -17,7 +17,7 @@ import pytest
 
 from sgdrop.data import CUES
 from sgdrop.dropout import SGDrop
-from sgdrop.experiments import benchmark, shortcuts, training, tutorials
+from sgdrop.experiments import benchmark, shortcuts, touch, training, tutorials
 from sgdrop.experiments.benchmark import chosen
 from sgdrop.experiments.main import experiments, main
 from sgdrop.experiments.runner import TABLES, rows, settings_key
@@ -144,6 +144,19 @@ def test_a_run_with_each_kind_of_shortcut(
         not cue, False, not painted]
     assert ('on_cue' in row) == painted
     assert (row['kept'] is not None) == ('sgdrop' in recipe)
+
+
+def test_a_run_for_the_interactive_figures(tiny_images, monkeypatch):
+    few = training.PHOTOGRAPHS['imagenette']._replace(n_tuning=1, per_class=1000)
+    monkeypatch.setitem(training.PHOTOGRAPHS, 'imagenette', few)
+    settings = dict(recipe=dict(sgdrop={}), seed=0, share=0.007, size=32, epochs=1)
+    row = stored(touch._run(settings))
+    assert row['absent'] == pytest.approx(row['training']['absent'][0] / 100, abs=0.006)
+    assert np.array(row['training']['maps']).shape == (1, 4, 4 * 4)
+    assert np.array(row['cover']).shape == (5 * 5, 4, 10)
+    dropped = [mask['dropped'] for mask in row['rho']['masks']]
+    assert dropped[0] == [0] * 4 and max(dropped[10]) <= 8
+    assert sorted(row['rho']['order'][0]) == list(range(4 * 4))
 
 
 def test_a_refused_network_makes_a_row_that_says_why():

@@ -89,6 +89,22 @@ def test_exported_code_is_shown_where_links_to_its_names_lead(page):
 def test_markdown_of_the_site(md, want): assert website.prose(md) == want
 
 
+def test_a_drawing_is_in_the_page_itself():
+    text = website.prose('A step:\n\n![One step.](../images/method.svg)')
+    assert text.startswith('A step:\n\n```{raw} html\n<svg ')
+    drawing = BeautifulSoup(text, 'html.parser').svg
+    assert drawing.title.text and len(drawing.desc.text) > 100
+    targets = {o['href'] for o in drawing.find_all('use')}
+    assert targets <= {f'#{o["id"]}' for o in drawing.find_all(id=True)}
+
+
+def test_data_of_a_figure_follows_its_picture(page):
+    cell, data = page(('#| touch: rho\nplot_rho()',))
+    assert cell.source == 'plot_rho()'
+    assert data.source.startswith('```{raw} html\n<script type="application/json"')
+    assert len(data.source) < 300_000
+
+
 @pytest.mark.parametrize('md, want', [
     ('::: {.callout-note title="Deviations"}\nText.\n\n- one\n:::\n',
      '> **Deviations**\n>\n> Text.\n>\n> - one\n'),
@@ -246,6 +262,36 @@ def test_pages_on_a_phone(tab, server):
     assert not wrong
 
 
+STATE = "o => [o.innerText, o.querySelector('.view').innerHTML + " \
+    "[...o.querySelectorAll('canvas')].map(c => c.toDataURL())]"
+
+
+@pytest.mark.parametrize('name, controls', [
+    ('rho', ['select', 'select', 'input']), ('cover', ['select', '.cover']),
+    ('training', ['select', 'input', 'button'])])
+def test_figures_react_to_keys(name, controls, tab):
+    "Each control changes the text and the picture, on a phone, without a network"
+    keys = dict(select='End', input='ArrowLeft', button='Enter')
+    tab.set_viewport_size(dict(width=390, height=844))
+    tab.trouble.clear()
+    data = BeautifulSoup(website.data_of(name).source, 'html.parser').script
+    tab.set_content(f'<div class="cell_output"><img alt="still"></div>{data}')
+    tab.add_style_tag(path=ROOT / 'docs/_static/touch.css')
+    tab.add_script_tag(path=ROOT / 'docs/_static/touch.js')
+    figure = tab.locator('div.touch')
+    found = figure.locator(':is(select, input, button)')
+    assert found.count() == len(controls) and not tab.locator('[alt=still]').count()
+    for i, control in enumerate(controls):
+        before = figure.evaluate(STATE)
+        for _ in range(9 if control == '.cover' else 1):  # percents are whole
+            found.nth(i).press(keys.get(control, 'ArrowDown'))
+        tab.wait_for_timeout(500 if control == 'button' else 0)
+        after = figure.evaluate(STATE)
+        assert [a != b for a, b in zip(before, after)] == [True, True], control
+    assert tab.evaluate('document.documentElement.scrollWidth') == 390
+    assert not tab.trouble
+
+
 @built
 def test_pages_on_a_desktop(tab, server):
     "Code fits its column, and a page with all it loads has at most 1.5 MB"
@@ -276,7 +322,8 @@ def test_terms_lead_to_the_glossary():
     term = soup('05_dropout.html').select_one('article a.term')
     url, anchor = urldefrag(term['href'])
     entry = soup(url).find(id=anchor)
-    assert entry.name == 'dt' and term['title'].split('.')[0] in entry.find_next('dd').text
+    about = entry.find_next('dd').text
+    assert entry.name == 'dt' and term['title'].split('.')[0] in about
 
 
 @built

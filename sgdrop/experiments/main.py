@@ -13,9 +13,9 @@ __all__ = ['experiments', 'main']
 # %% ../../nbs/experiments/07_main.ipynb #5508790c
 def experiments() -> dict:  # name → `Experiment`
     "Return all experiments"
-    from sgdrop.experiments import benchmark, overhead, shortcuts, tutorials
+    from sgdrop.experiments import benchmark, overhead, shortcuts, touch, tutorials
     found = [*tutorials.EXPERIMENTS, overhead.OVERHEAD, *benchmark.EXPERIMENTS,
-             *shortcuts.EXPERIMENTS]
+             *shortcuts.EXPERIMENTS, touch.TOUCH]
     return {experiment.name: experiment for experiment in found}
 
 # %% ../../nbs/experiments/07_main.ipynb #146c256f

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,17 +20,17 @@ from torchvision.transforms.functional import gaussian_blur
 from ..data import (
     CUES, DOMAINS, action_name, bar_files, cue_regions, domain_files,
     labelled_squares, memory_loader, random_crops, shortcut_photographs)
-from .runner import TABLES, Experiment, rows, settings_key
+from .runner import Experiment, rows, settings_key
 from .training import (
     AS_PUBLISHED, PHOTOGRAPHS, SMALL_NETWORKS, BFloat16, SkipValidation, fit,
-    new_learner, ratios, small_network, split_files, train_squares, warned)
+    new_learner, small_network, split_files, train_squares, warned)
 from ..metrics import (
     attributed, calibration_error, effective_area, even_indices, in_order, is_correct,
     relevance_mass)
 from ..split import eval_mode
 
 # %% auto #0
-__all__ = ['CORRUPTIONS', 'CELL', 'WATERMARK', 'IDEAS', 'TRIES', 'SEARCHED', 'EXPERIMENTS', 'chosen', 'harm_undone', 'headline']
+__all__ = ['CORRUPTIONS', 'CELL', 'WATERMARK', 'IDEAS', 'TRIES', 'SEARCHED', 'EXPERIMENTS', 'chosen', 'harm_undone']
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #581e9425
 def _parts(dataset, share, split_seed):
@@ -374,38 +373,6 @@ def harm_undone(
             found[*cell, method] = dict(mean=share, low=share - half,
                                         high=share + half, n=n)
     return pd.DataFrame(found).T.rename_axis([*CELL, 'method'])
-
-# %% ../../nbs/experiments/06_shortcuts.ipynb #0082e51e
-def _step_time(rounds, folder):
-    "Return the time of a step, relative to plain training, on two small networks"
-    variant = {1: 'defaults', 2: 'two rounds'}[rounds]
-    small = [ratios(pd.DataFrame(row['seconds'])) for row in
-             rows('overhead', folder).to_dict('records') if 'small' in row['network']]
-    return sum(table.loc[variant, 'median'] for table in small) / len(small)
-
-def headline(
-    folder: Path = TABLES,  # of the tables
-) -> pd.DataFrame:  # a row per measure, a column per method
-    "Summarize the report in one table"
-    runs, rival = rows('shortcuts', folder), _best_rivals(folder)[0]
-    watermark = ((runs.cue == 'watermark') & (runs.correlation == 0.95)
-                 & runs.arch.isin(_SMALL))
-    def mean(part, value):
-        by_cell = runs[part].groupby([*CELL, 'method'], dropna=False)[value].mean()
-        return by_cell.unstack().mean()
-    undone = harm_undone(runs[watermark])['mean'].unstack().mean()
-    sgdrop = chosen(rows('search_shortcuts', folder))['sgdrop']['sgdrop']
-    steps = dict(plain=1., sgdrop=_step_time(sgdrop.get('rounds', 1), folder))
-    table = pd.DataFrame({
-        'with the watermark': mean(watermark, 'present'),
-        'without it': mean(watermark, 'absent'),
-        'with a misleading one': mean(watermark, 'misleading'), 'harm undone': undone,
-        'BAR, other places': mean(runs.dataset == 'bar', 'absent'),
-        'ordinary images': mean(runs.cue.isna(), 'absent'),
-        'time of a step': steps}).T
-    rivals = dict.fromkeys([rival, 'cutmix', 'mixup'])
-    return table[['plain', 'matched', *rivals, 'sgdrop', 'sgdrop+cutmix',
-                  'sgdrop+mixup', 'ceiling']]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #01925fa1
 _SETS = 'imagenette', 'flowers17', 'bar', 'pacs'

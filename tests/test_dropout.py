@@ -383,7 +383,7 @@ def test_a_wrong_setting_is_refused(make, settings, said):
     (in_halves, dict(layer='1'), Y, RuntimeError,
      'returned 4 feature maps for 8 images; .* DistributedDataParallel'),
     (reused, dict(layer=['0', '1']), Y, RuntimeError, 'several times .* name it alone'),
-    (fully_convolutional, {}, Y, ValueError, r'returned \(8, 4, 6, 6\); expected .* B×K'),
+    (fully_convolutional, {}, Y, ValueError, r'returned \(8, 4, 6, 6\); .* B×K'),
     (regression, {}, Y, ValueError, r'returned \(8, 1\); expected .* B×K.*regression'),
     (net, dict(target='label'), None, ValueError, 'cannot use these labels.*got None'),
     (net, dict(target='label'), Y + 1, ValueError, 'cannot use .* 4.* 0 to 3'),

@@ -11,70 +11,14 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['GRAPH_METHODS', 'main_output', 'class_logits', 'class_mask', 'grad_x_act', 'captum_attribution',
+__all__ = ['GRAPH_METHODS', 'grad_x_act', 'class_mask', 'main_output', 'class_logits', 'captum_attribution',
            'attribution_function', 'no_side_effects', 'attribute', 'random_attribution']
-
-# %% ../nbs/00_attribution.ipynb #80c99186
-def main_output(
-    out: Tensor | tuple | list | dict,  # a network's output
-) -> Tensor:  # its first entry, where there are several
-    "Return the main output of a network that may return several"
-    while isinstance(out, (tuple, list, dict)) and len(out):
-        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
-    return out
-
-# %% ../nbs/00_attribution.ipynb #5026ad56
-def class_logits(
-    out: Tensor | tuple | list | dict,  # a network's output
-) -> Tensor:  # B×K with K ≥ 2
-    "Return the logits in a network's output, or raise a `ValueError` if it has none"
-    logits = main_output(out)
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
-    if len(shape) == 2 and shape[1] > 1: return logits
-    raise ValueError(
-        'expected class scores of shape B×K with K ≥ 2, but the network returned '
-        f'{shape or type(logits).__name__}: segmentation and regression have no score '
-        'per image and class; for a yes/no task give the network two classes.')
-
-# %% ../nbs/00_attribution.ipynb #c6b319f7
-def _check_values(t, high, kind, expected):
-    "Raise a `ValueError` if a target has values below 0 or above `high`"
-    wrong = t[~((t >= 0) & (t <= high))].tolist()
-    if wrong: raise ValueError(f'target holds {kind} {round(wrong[0], 4)}; {expected}')
-
-# %% ../nbs/00_attribution.ipynb #0ffd3719
-def class_mask(
-    # 'predicted'; a class number; B class numbers; or B×K label weights
-    target: str | int | Tensor,
-    logits: Tensor,  # B×K
-    check: bool = True,  # look at the values of `target`? On a GPU that waits for it
-) -> Tensor:  # bool, B×K: True where a class's logit counts
-    "Return which classes' logits are attributed, for any target format"
-    k = logits.shape[1]
-    if isinstance(target, str) and target == 'predicted':
-        target, check = logits.argmax(1), False
-    if isinstance(target, (int, Tensor)):
-        t = torch.as_tensor(target, device=logits.device).as_subclass(Tensor)
-        if t.shape == logits.shape:
-            if check: _check_values(t, 1, 'label weight', 'label weights are from 0 to '
-                                    '1; are these regression targets?')
-            return (t > 0) & ((t == t.amax(1, keepdim=True)) | (t > 0.5))
-        whole = not t.is_floating_point() and t.dtype != torch.bool
-        if whole and t.shape in (torch.Size(()), logits.shape[:1]):
-            scored = f'the network scores classes 0 to {k - 1}'
-            if check: _check_values(t, k - 1, 'class', scored)
-            table = t.view(-1, 1) == torch.arange(k, device=t.device)
-            return table.expand(logits.shape)
-    if isinstance(target, Tensor): target = f'a {t.dtype} tensor of {tuple(t.shape)}'
-    raise ValueError(
-        f"target must be 'predicted', a class number, {len(logits)} class numbers, or "
-        f'label weights of shape {tuple(logits.shape)}; got {target!r:.80}.')
 
 # %% ../nbs/00_attribution.ipynb #99ebc3a8
 def grad_x_act(
     logits: Tensor,  # B×K, computed from `z`
     z: Tensor,  # feature map in the graph of `logits`, B×C×H×W
-    classes: Tensor,  # bool, B×K: whose logits count
+    classes: Tensor,  # bool, B×K: True for the classes to attribute
 ) -> Tensor:  # attribution ≥ 0, shape of `z`, float32
     "Return ReLU(∇ψ_c(z) ⊙ z), the paper's attribution (section 3)"
     grad, = torch.autograd.grad(logits, z, classes.to(logits.dtype), retain_graph=True)
@@ -86,6 +30,64 @@ def _gradcam(logits, z, classes):
     grad, = torch.autograd.grad(logits, z, classes.to(logits.dtype), retain_graph=True)
     weight = grad.float().mean(dim=(2, 3), keepdim=True)
     return (weight * z.detach().float()).sum(dim=1, keepdim=True).clamp(min=0)
+
+# %% ../nbs/00_attribution.ipynb #c6b319f7
+def _check_values(t, high, kind, expected):
+    "Raise a `ValueError` if a target has values below 0 or above `high`"
+    wrong = t[~((t >= 0) & (t <= high))].tolist()
+    if wrong: raise ValueError(
+        f'target has {kind} {round(wrong[0], 4)}; expected {expected}')
+
+# %% ../nbs/00_attribution.ipynb #0ffd3719
+def class_mask(
+    # 'predicted'; a class number; B class numbers; or B×K label weights
+    target: str | int | Tensor,
+    logits: Tensor,  # B×K
+    check: bool = True,  # check the values of `target`, which waits for a GPU
+) -> Tensor:  # bool, B×K: True for the classes to attribute
+    "Return a table of the classes to attribute, for any target format"
+    k = logits.shape[1]
+    if isinstance(target, str) and target == 'predicted':
+        target, check = logits.argmax(1), False
+    if isinstance(target, (int, Tensor)):
+        t = torch.as_tensor(target, device=logits.device).as_subclass(Tensor)
+        if t.shape == logits.shape:
+            weights = '0 to 1. Are these regression targets?'
+            if check: _check_values(t, 1, 'label weight', weights)
+            return (t > 0) & ((t == t.amax(1, keepdim=True)) | (t > 0.5))
+        whole = not t.is_floating_point() and t.dtype != torch.bool
+        if whole and t.shape in (torch.Size(()), logits.shape[:1]):
+            known = f'0 to {k - 1}, as the network has {k} classes'
+            if check: _check_values(t, k - 1, 'class', known)
+            table = t.view(-1, 1) == torch.arange(k, device=t.device)
+            return table.expand(logits.shape)
+    found = f'{target!r:.80}'
+    if isinstance(target, Tensor): found = f'a {t.dtype} tensor of {tuple(t.shape)}'
+    raise ValueError(
+        f"target must be 'predicted', a class number, {len(logits)} class numbers, or "
+        f'label weights of shape {tuple(logits.shape)}; got {found}')
+
+# %% ../nbs/00_attribution.ipynb #80c99186
+def main_output(
+    out: Tensor | tuple | list | dict,  # a network's output
+) -> Tensor:  # its first entry, if there are several
+    "Return the main output of a network that may return several"
+    while isinstance(out, (tuple, list, dict)) and len(out):
+        out = next(iter(out.values())) if isinstance(out, dict) else out[0]
+    return out
+
+# %% ../nbs/00_attribution.ipynb #5026ad56
+def class_logits(
+    out: Tensor | tuple | list | dict,  # a network's output
+) -> Tensor:  # B×K with K ≥ 2
+    "Return the logits in a network's output, or raise a `ValueError`"
+    logits = main_output(out)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+    if len(shape) == 2 and shape[1] > 1: return logits
+    raise ValueError(
+        f'the network returned {shape or type(logits).__name__}; expected logits of '
+        'shape B×K with K ≥ 2. Segmentation and regression are not supported; for a '
+        'yes/no task give the network two classes.')
 
 # %% ../nbs/00_attribution.ipynb #f73e1100
 class _SummedLogits(nn.Module):
@@ -102,7 +104,7 @@ class _SummedLogits(nn.Module):
 def captum_attribution(
     cls: type,  # a captum layer attribution such as `LayerIntegratedGradients`
     **options: object,  # for the `attribute` method of `cls`, such as `n_steps=16`
-) -> Callable:  # attribution function of (head, z, classes)
+) -> Callable:  # attribution function f(head, z, classes)
     "Return a function that computes captum's layer attribution `cls`"
     def attribution(head, z, classes):
         model = _SummedLogits(head)
@@ -116,23 +118,23 @@ GRAPH_METHODS = dict(grad_x_act=grad_x_act, gradcam=_gradcam)
 
 def attribution_function(
     method: str | type | Callable,  # see `attribute`
-) -> Callable:  # of (logits, z, classes) for a name, of (head, z, classes) for others
-    "Return the function that computes an attribution, or raise a `ValueError`"
+) -> Callable:  # f(logits, z, classes) for a name, f(head, z, classes) for all others
+    "Return the function for an attribution method, or raise a `ValueError`"
     if isinstance(method, str) and method in GRAPH_METHODS: return GRAPH_METHODS[method]
     is_class = isinstance(method, type)
     if is_class and hasattr(method, 'attribute'): return captum_attribution(method)
     if callable(method) and not is_class: return method
     raise ValueError(
         f'attribution must be one of {sorted(GRAPH_METHODS)}, a captum layer '
-        f'attribution or a function of (head, z, classes); got {method!r}.')
+        f'attribution or a function of (head, z, classes); got {method!r}')
 
 # %% ../nbs/00_attribution.ipynb #4d1c875e
 @contextmanager
 def no_side_effects(
-    module: object,  # the module whose buffers to put back; a function has none
-    device: torch.device | str = 'cpu',  # where its random numbers are drawn
+    module: object,  # the module whose buffers to restore; a function has none
+    device: torch.device | str = 'cpu',  # where the module draws random numbers
 ) -> Iterator[None]:
-    "Put the buffers of a module and torch's random state back afterwards"
+    "Restore the buffers of a module and torch's random state afterwards"
     modules = module.modules() if isinstance(module, nn.Module) else ()
     saved = [(m._buffers, name, b, b.clone()) for m in modules
              for name, b in m._buffers.items() if b is not None]
@@ -141,20 +143,20 @@ def no_side_effects(
         try: yield
         finally:
             for buffers, name, b, was in saved:
-                # a graph that waits for its backward pass allows no plain `copy_`
+                # a plain `copy_` fails if a graph still needs the buffer
                 b.data.copy_(was)
-                # some modules put a new tensor there, as in `self.n = self.n + 1`
+                # some modules replace the tensor, as in `self.n = self.n + 1`
                 buffers[name] = b
 
 # %% ../nbs/00_attribution.ipynb #58058cf4
 def attribute(
-    head: Callable,  # from feature map to logits; usually a module
+    head: Callable,  # maps a feature map to logits; usually a module
     z: Tensor,  # feature map, B×C×H×W
-    target: str | int | Tensor = 'predicted',  # whose logit: see `class_mask`
+    target: str | int | Tensor = 'predicted',  # the classes: see `class_mask`
     # 'grad_x_act', 'gradcam', a captum layer attribution, or f(head, z, classes)
     method: str | type | Callable = 'grad_x_act',
 ) -> Tensor:  # attribution ≥ 0, float32, shape of `z` or B×1×H×W
-    "Return the attribution of classes on a feature map, without side effects"
+    "Attribute the logits of classes to a feature map, without side effects"
     compute = attribution_function(method)
     z = (z.clone() if z.is_inference() else z).detach().as_subclass(Tensor)
     z.requires_grad_()
@@ -166,7 +168,7 @@ def attribute(
     if not isinstance(A, Tensor) or A.shape not in (z.shape, per_position):
         found = tuple(getattr(A, 'shape', ())) or type(A).__name__
         raise ValueError(f'the attribution method returned {found}; expected the shape '
-            f'of the feature map {tuple(z.shape)} or {tuple(per_position)}.')
+            f'of the feature map {tuple(z.shape)} or {tuple(per_position)}')
     return A.detach().as_subclass(Tensor).float().clamp(min=0)
 
 # %% ../nbs/00_attribution.ipynb #7f9b5133
@@ -175,5 +177,5 @@ def random_attribution(
     z: Tensor,  # feature map, B×C×H×W
     classes: Tensor,  # not used
 ) -> Tensor:  # B×C×H×W, in [0, 1)
-    "Return a control: random values, for a random mask as large as a salient one"
+    "Return random values, as a control with masks of the same size"
     return torch.rand(z.shape, device=z.device)  # in float32: few ties

@@ -20,7 +20,7 @@ __all__ = ['SGDropCallback']
 
 # %% ../nbs/06_callback.ipynb #ead4f7ec
 class SGDropCallback(Callback):
-    "Train with Saliency-Guided Dropout (Bertoin et al. 2024): see `SGDrop`"
+    "A fastai callback for Saliency-Guided Dropout (Bertoin et al. 2024): see `SGDrop`"
     order, run_valid = MixedPrecision.order + 2, False
     _stateattrs = 'engine', 'runs', 'undo', 'skipped', 'resumed', 'last'
 
@@ -46,26 +46,27 @@ class SGDropCallback(Callback):
         return f'SGDropCallback({", ".join(f"{k}={v!r}" for k, v in shown.items())})'
 
     def after_batch(self):
-        "Put everything back, and let go of the feature maps"
+        "Restore what was replaced, and release the feature maps"
         self.undo.close()
         self.runs = None
 
     before_validate = after_fit = after_batch  # a batch may have ended in an error
 
     @property
-    def history(self) -> list[dict]:  # a row per epoch: see `MaskMonitor.report`
+    def history(self) -> list[dict]:
+        "Return a row per epoch: see `MaskMonitor.report`"
         return self.engine.monitor.history if self.engine else []
 
 # %% ../nbs/06_callback.ipynb #bb27fcbe
 @patch
 def before_fit(self: SGDropCallback):
-    "Refuse a second SGDrop on the same network"
+    "Raise an error if the Learner has a second SGDropCallback"
     ours = sum(isinstance(cb, SGDropCallback) for cb in self.learn.cbs)
     if ours > 1: raise ValueError('this Learner has two SGDropCallbacks; remove one')
 
 @patch
 def before_train(self: SGDropCallback):
-    "Begin with a new engine, unless this epoch continues the fit"
+    "Discard the engine, unless this epoch continues its fit"
     model, n_epoch, epoch = self.last
     goes_on = model is self.model and n_epoch == self.n_epoch and epoch < self.epoch
     if not goes_on: self.engine = None
@@ -74,7 +75,7 @@ def before_train(self: SGDropCallback):
 # %% ../nbs/06_callback.ipynb #3014ea5a
 @contextmanager
 def _stand_in(owner, name, new):
-    "Replace an attribute for a while, or until others replace it"
+    "Replace an attribute for a while, unless something else replaces it"
     mine, old = name in vars(owner), getattr(owner, name)
     setattr(owner, name, new)
     try: yield
@@ -86,7 +87,7 @@ def _stand_in(owner, name, new):
 # %% ../nbs/06_callback.ipynb #5f9e6712
 @patch
 def before_batch(self: SGDropCallback):
-    "Have the engine note the feature maps of this batch, if it acts"
+    "Record the feature maps of this batch, if it will be masked"
     self.after_batch()
     if self.rho == 0: return
     if self.engine is None:
@@ -98,7 +99,7 @@ def before_batch(self: SGDropCallback):
 
 @patch
 def _arm(self: SGDropCallback, model, xb):
-    "Replace `forward` for one call"
+    "Replace `forward` for one call, which records the feature maps"
     forward = model.forward
     def armed(*args, **kwargs):
         self.undo.close()
@@ -109,7 +110,7 @@ def _arm(self: SGDropCallback, model, xb):
 
 # %% ../nbs/06_callback.ipynb #1925643c
 def _stronger_labels(y, cbs):
-    "Return the labels of a batch; of two that MixUp or CutMix blends the stronger"
+    "Return the labels of a batch, or the stronger of two that MixUp or CutMix blends"
     mix = first(cb for cb in cbs if getattr(cb, 'stack_y', False))
     if mix is None: return y
     lam, ours, other = (t.as_subclass(torch.Tensor) for t in (mix.lam, y, mix.yb1[0]))
@@ -118,7 +119,7 @@ def _stronger_labels(y, cbs):
 # %% ../nbs/06_callback.ipynb #1501eb15
 @patch
 def after_pred(self: SGDropCallback):
-    "Replace the prediction by that under the mask, and the loss by that of both"
+    "Replace the prediction by the masked one, and the loss by that of both passes"
     if self.runs is None: return
     clean, runs, loss_func = self.pred, self.runs, self.learn.loss_func
     self.runs = None
@@ -131,18 +132,20 @@ def after_pred(self: SGDropCallback):
 
 # %% ../nbs/06_callback.ipynb #1aad309c
 @patch
-def after_cancel_step(self: SGDropCallback): self.skipped = True
+def after_cancel_step(self: SGDropCallback):
+    "Note that the optimizer's step was skipped"
+    self.skipped = True
 
 @patch
 def after_step(self: SGDropCallback):
-    "Let the teacher follow, if the weights have changed"
+    "Update the teacher, if the weights have changed"
     if self.engine and not self.skipped: self.engine.step()
     self.skipped = False
 
 # %% ../nbs/06_callback.ipynb #5a4fed19
 @patch
 def after_train(self: SGDropCallback):
-    "Read the monitor"
+    "Report the epoch, and after the last one warn if the masks had no effect"
     if self.engine is None: return
     self.engine.monitor.report(epoch=self.epoch)
     if self.epoch == self.n_epoch - 1:
@@ -150,19 +153,19 @@ def after_train(self: SGDropCallback):
 
 @patch
 def after_cancel_fit(self: SGDropCallback):
-    "Read the monitor of an epoch that was not finished"
+    "Report an epoch that was not finished"
     if self.engine is not None: self.engine.monitor.report(epoch=self.epoch)
 
 # %% ../nbs/06_callback.ipynb #bbb2086d
 @patch
 def state_dict(self: SGDropCallback) -> dict:
-    "Return what a resumed fit needs besides network and optimizer: see `SGDrop`"
+    "Return the state that a resumed fit needs, besides network and optimizer"
     if not (self.engine or self.resumed): raise ValueError('no state yet: fit first')
-    # in epochs that fastai skips, the state that was loaded is still the state
+    # while fastai skips epochs, the loaded state is still the current one
     return self.engine.state_dict() if self.engine else self.resumed
 
 @patch
 def load_state_dict(self: SGDropCallback, state: dict) -> None:
-    "Begin the next fit where another one with the same settings stopped"
+    "Load the state of a fit with the same settings, for the next fit"
     check_state(state, self.settings.get('teacher') is not None)
     self.engine, self.resumed = None, state

@@ -27,9 +27,9 @@ __all__ = ['RENAMED', 'check_settings', 'check_state', 'explain', 'SGDrop', 'rho
 RENAMED = dict(share='p', unmasked='clean_weight')  # name in version 0.1 → name now
 
 def check_settings(
-    **settings: object,  # settings of `SGDrop`; those left out have their defaults
+    **settings: object,  # settings of `SGDrop`; the others have their defaults
 ) -> None:
-    "Raise an error for an unknown setting, or for a value that means nothing"
+    "Raise an error for an unknown setting or an invalid value"
     known = {name: p.default for name, p in inspect.signature(SGDrop).parameters.items()
              if p.kind is p.KEYWORD_ONLY}
     for name in settings.keys() - known.keys():
@@ -46,11 +46,12 @@ def check_settings(
             f'{name} must be one of {", ".join(map(repr, values))}; got {s[name]!r}')
     if not (isinstance(s['rounds'], int) and s['rounds'] > 0): raise ValueError(
         f'rounds must be a whole number from 1, got {s["rounds"]!r}')
-    attribution_function(s['attribution']), fill_function(s['fill'])
+    attribution_function(s['attribution'])
+    fill_function(s['fill'])
 
 # %% ../nbs/05_dropout.ipynb #0957ca57
 def _replace_logits(out, logits):
-    "Return a network's output, or its first entry, with other logits"
+    "Return a network's output with other main logits"
     if isinstance(out, Tensor): return logits
     if isinstance(out, dict):
         key = next(iter(out))
@@ -81,24 +82,24 @@ def _check_runs(runs, layers, logits, thorough=True):
             f'the layer {name!r} runs several times in a pass, so it cannot be one of '
             'several layers; name it alone')
         if len(zs[-1]) != n: raise RuntimeError(
-            f'the layer {name!r} put out {len(zs[-1])} feature maps for {n} images; on '
-            'several GPUs use DistributedDataParallel, not DataParallel')
+            f'the layer {name!r} returned {len(zs[-1])} feature maps for {n} images; '
+            'on several GPUs use DistributedDataParallel, not DataParallel')
         hidden = thorough and zs[-1].is_leaf and _has_reentrant_checkpoint(logits)
         if hidden: raise RuntimeError(
             f'the layer {name!r} runs within a reentrant gradient checkpoint, so the '
-            'layers before it would not be trained; use use_reentrant=False')
+            'layers before it would not be trained; set use_reentrant=False')
 
 # %% ../nbs/05_dropout.ipynb #17b631ea
 def _find_heads(network, layers, needed, *xb):
-    "Cut behind all layers if `needed`, else behind the first; return the heads, if any"
+    "Return the heads after all layers if `needed`, else after the first one, if any"
     layers = layers if needed else layers[:1]
     try: heads = [split_model(network, name, *xb)[1] for name in layers]
     except ValueError as e:
         if needed: raise ValueError(
             f"{e} Or use teacher=None or 'full', and an attribution given by name: "
             f'{list(GRAPH_METHODS)}.') from e
-        warnings.warn(f'{e} SGDrop works all the same, but each step runs the whole '
-                      'network twice.', SaliencyWarning, stacklevel=3)
+        warnings.warn(f'{e} SGDrop still works, but each step runs the whole network '
+                      'twice.', SaliencyWarning, stacklevel=3)
         return []
     for head in heads: head.training = True  # a traced head has one graph per mode
     return heads
@@ -107,7 +108,7 @@ def _find_heads(network, layers, needed, *xb):
 def _plain_tensors(
     xb: tuple,  # inputs of a network
 ) -> list[Tensor]:  # the same, without subclasses such as fastai's
-    "Return inputs as plain tensors, or raise a `TypeError` that names what is none"
+    "Return inputs as plain tensors, or raise a `TypeError` for any that is not one"
     for i, x in enumerate(xb):
         if not isinstance(x, Tensor): raise TypeError(
             f'input {i} of the network is a {type(x).__name__}; SGDrop needs tensors '
@@ -115,7 +116,7 @@ def _plain_tensors(
     return [x.as_subclass(Tensor) for x in xb]
 
 def _read_labels(y, logits, needed, check, warn=warnings.warn):
-    "Return the labels of a batch as a boolean table"
+    "Return the labels of a batch as a boolean table, or None if they are not classes"
     if y is None and not needed: return None
     try: return class_mask(y, logits, check)
     except ValueError as e:
@@ -126,10 +127,10 @@ def _read_labels(y, logits, needed, check, warn=warnings.warn):
 
 # %% ../nbs/05_dropout.ipynb #4b0deae7
 def check_state(
-    state: dict,  # of `SGDrop.state_dict`
-    has_teacher: bool,  # does the training that goes on have a teacher?
+    state: dict,  # from `SGDrop.state_dict`
+    has_teacher: bool,  # whether the training that loads the state has a teacher
 ) -> None:
-    "Raise a `ValueError` for a state that was saved with other settings"
+    "Raise a `ValueError` if only the state or only the training has a teacher"
     if (state['teacher'] is not None) == has_teacher: return
     saved, here = ('without', 'with') if has_teacher else ('with', 'without')
     raise ValueError(f'the state was saved {saved} a teacher, and this training is '
@@ -137,10 +138,10 @@ def check_state(
 
 # %% ../nbs/05_dropout.ipynb #953801ed
 def explain(
-    method: str | type | Callable,  # any `attribution` of `SGDrop`
+    method: str | type | Callable,  # see `attribution` of `SGDrop`
     logits: Tensor,  # B×K, with their graph
     z: Tensor,  # feature map in that graph, B×C×H×W
-    classes: Tensor,  # bool, B×K: whose logits count
+    classes: Tensor,  # bool, B×K: True for the classes to attribute
     head: nn.Module | None = None,  # from `z` to logits; needed by functions and captum
 ) -> Tensor:  # attribution ≥ 0, shape of `z` or B×1×H×W
     "Return the attribution of a step on one of its feature maps"
@@ -152,20 +153,23 @@ def explain(
 def _rerun(network, heads, layers, xb, runs, fills):
     "Return the logits of filled feature maps, and these maps"
     zs = [fills[0](runs[0][-1])]
-    def noting(fill):
-        def fill_later(z): return zs.append(fill(z)) or zs[-1].clone()
-        return fill_later
     # clones, since the next layer may change its input in place
+    def first_map(out): return zs[0].clone()
+    def filling(fill):
+        def fill_later(z):
+            zs.append(fill(z))
+            return zs[-1].clone()
+        return fill_later
     again, inputs = (heads[0], [zs[0].clone()]) if heads else (network, xb)
-    edits = [] if heads else [(layers[0], lambda out: zs[0].clone(), len(runs[0]))]
-    edits += zip(layers[1:], map(noting, fills[1:]))
+    edits = [] if heads else [(layers[0], first_map, len(runs[0]))]
+    edits += zip(layers[1:], map(filling, fills[1:]))
     with no_side_effects(again, zs[0].device), ExitStack() as stack:
         for edit in edits: stack.enter_context(edited(network, *edit))
         return class_logits(again(*inputs)), zs
 
 # %% ../nbs/05_dropout.ipynb #3a19dc56
 def _is_compiled(model):
-    "Return whether the network, or a part of it, has been through `torch.compile`"
+    "Return whether a network, or a part of it, was compiled by `torch.compile`"
     return any(type(m).__name__ == 'OptimizedModule' for m in model.modules())
 
 # %% ../nbs/05_dropout.ipynb #797483f1
@@ -173,22 +177,21 @@ class SGDrop:
     "Saliency-Guided Dropout for any PyTorch training loop (Bertoin et al. 2024)"
     def __init__(self,
         model: nn.Module,  # the network to train
-        *example: Tensor,  # an input of it, a batch; noise if not given
+        *example: Tensor,  # a batch of its input; noise if not given
         rho: float = 0.5,  # share of the map to drop, in [0, 1)
-        # behind which layer, by name or itself, or a list of them; None: the last map
+        # layer to mask, by name or as the module, or a list; None: the last feature map
         layer: str | nn.Module | list | None = None,
-        target: str = 'predicted',  # the class to explain: 'predicted' or 'label'
-        # whose graph: the network's (None), or an averaged copy's, 'head' or 'full'
+        target: str = 'predicted',  # class to attribute: 'predicted' or 'label'
+        # averaged copy that computes the attribution: 'head', 'full' or None
         teacher: str | None = None,
         ema: float = 0.99,  # decay of the teacher's average, in [0, 1)
         # 'grad_x_act', 'gradcam', a captum layer attribution, or f(head, z, classes)
         attribution: str | type | Callable = 'grad_x_act',
         granularity: str = 'spatial',  # 'spatial' (positions), 'element' or 'channel'
-        fill: str | Callable = 'kept_mean',  # of the holes: one of `FILLS`, or f(z, M)
+        fill: str | Callable = 'kept_mean',  # of the holes: name in `FILLS`, or f(z, M)
         p: float = 1.,  # probability that an image is masked, in [0, 1]
         clean_weight: float = 0.5,  # weight of the loss without the mask, in [0, 1)
-        # how often to drop the share `rho` of what is left, each time explained anew
-        rounds: int = 1,
+        rounds: int = 1,  # masks per step, each on what the one before left
     ):
         check_settings(rho=rho, target=target, teacher=teacher, ema=ema, fill=fill, p=p,
             attribution=attribution, granularity=granularity, clean_weight=clean_weight,
@@ -213,21 +216,23 @@ class SGDrop:
         self.observers = [self.monitor]
 
     def __call__(self, *xb: Tensor, y: Tensor | None = None) -> tuple[object, object]:
-        "Return the network's output under the mask, and without it"
+        "Return the network's outputs with and without the mask"
         if not self.active: return (out := self.model(*xb)), out
         with self.tap() as runs: out = self.model(*xb)
         return self.mask(out, runs, xb, y), out
 
     @property
-    def active(self) -> bool: return self.model.training and self.rho > 0 and self.p > 0
+    def active(self) -> bool:
+        "Return whether steps are masked"
+        return self.model.training and self.rho > 0 and self.p > 0
 
     def tap(self) -> AbstractContextManager[list]:
-        "Note the feature maps of a pass"
+        "Record the feature maps of a pass"
         if self.first_step and _is_compiled(self.model): torch.compiler.reset()
         return tapped(self.network, *self.layers)
 
     def mask(self, out: object, runs: list, xb: tuple, y: object = None) -> object:
-        "Return the output of a tapped pass with the logits under the mask in it"
+        "Return the output of a recorded pass with the masked logits in it"
         clean, by_label = class_logits(out).as_subclass(Tensor), self.target == 'label'
         _check_runs(runs, self.layers, clean, self.first_step)
         labels = _read_labels(y, clean, by_label, self.first_step, self.monitor.warn)
@@ -258,7 +263,10 @@ class SGDrop:
                 for each in zip_longest(logits, zs, classes, heads)]
 
     def _rerun(self, xb, runs, Ms):
-        fills = [lambda z, M=M: self.fill(z, M) for M in Ms]
+        def filling(M):
+            def fill(z): return self.fill(z, M)
+            return fill
+        fills = [filling(M) for M in Ms]
         return _rerun(self.network, self.heads, self.layers, xb, runs, fills)
 
     def loss(self, loss_func: Callable, masked: object, clean: object,
@@ -270,16 +278,16 @@ class SGDrop:
         return torch.lerp(loss, loss_func(clean, *y), self.clean_weight)
 
     def step(self) -> None:
-        "Let the teacher follow, after a step of the optimizer"
+        "Update the teacher, after a step of the optimizer"
         if self.teacher: self.teacher.update(self.student)
 
     def state_dict(self) -> dict:
-        "Return what a resumed training needs besides network and optimizer"
+        "Return the state that a resumed training needs, besides network and optimizer"
         return dict(teacher=self.teacher.state_dict() if self.teacher else None,
                     rng=self.rng.get_state(), totals=self.monitor.totals)
 
     def load_state_dict(self, state: dict) -> None:
-        "Resume where a training with the same settings stopped"
+        "Load the state of a training with the same settings"
         check_state(state, self.teacher is not None)
         if self.teacher: self.teacher.load_state_dict(state['teacher'])
         self.rng.set_state(state['rng'])
@@ -292,7 +300,7 @@ def rho_at(
     start: float = 0.,  # progress at which masking starts
     end: float = math.inf,  # progress at which it ends
 ) -> float:  # in [0, 1); 0 before `start` and from `end` on
-    "Return the share to drop at this point of the training"
+    "Return the share to drop at a point of the training"
     # fastai's sum of steps may fall just short of `start`
     if not start <= pct_train + 1e-6 < end: return 0.
     return check_fraction('rho', rho(pct_train) if callable(rho) else rho)
@@ -302,7 +310,7 @@ def check_schedule(
     start: float,  # see `rho_at`
     end: float,  # see `rho_at`
 ) -> None:
-    "Raise a `ValueError` for a window or a schedule that means nothing"
+    "Raise a `ValueError` for an invalid window or schedule"
     for name, value in dict(start=start, end=end).items():
         check_fraction(name, value, closed=True)
         rho_at(value, rho)

@@ -172,9 +172,9 @@ def test_gradients_can_be_off_outside(outside):
 
 
 @pytest.mark.parametrize('target, message', [
-    (10, 'target holds class 10; the network scores classes 0 to 2'),
-    (7 * torch.ones(2, 3), 'are these regression targets'), ('labels', "got 'labels'"),
-    (torch.zeros(5).long(), r'got .a torch.int64 tensor of \(5,\)'),
+    (10, 'target has class 10; expected 0 to 2, as the network has 3 classes'),
+    (7 * torch.ones(2, 3), 'Are these regression targets'), ('labels', "got 'labels'"),
+    (torch.zeros(5).long(), r'got a torch.int64 tensor of \(5,\)'),
     (True, 'got True')])
 def test_target_that_is_no_class_is_refused(target, message):
     with pytest.raises(ValueError, match=message):
@@ -182,7 +182,7 @@ def test_target_that_is_no_class_is_refused(target, message):
 
 
 @pytest.mark.parametrize('head, message', [
-    (nn.Conv2d(3, 10, 1), r'\(2, 10, 4, 4\): segmentation'),
+    (nn.Conv2d(3, 10, 1), r'returned \(2, 10, 4, 4\); expected .*B×K.*Segmentation'),
     (linear_head(1), r'\(2, 1\).*regression')])
 def test_head_without_logits_is_refused(head, message):
     with pytest.raises(ValueError, match=message):

@@ -41,11 +41,11 @@ def batches_counted(net):
 # What is refused
 
 @pytest.mark.parametrize('settings, said', [
-    (dict(start=-0.1), r'start must lie in \[0, 1\]'),
-    (dict(end=50), r'end must lie in \[0, 1\]'),
+    (dict(start=-0.1), r'start must be in \[0, 1\]'),
+    (dict(end=50), r'end must be in \[0, 1\]'),
     (dict(start=0.6, end=0.4), 'start must come before end'),
-    (dict(rho=math.nan), r'rho must lie in \[0, 1\)'),
-    (dict(rho=lambda pct_train: pct_train), r'rho must lie in \[0, 1\), got 1'),
+    (dict(rho=math.nan), r'rho must be in \[0, 1\)'),
+    (dict(rho=lambda pct_train: pct_train), r'rho must be in \[0, 1\), got 1'),
     (dict(target='labels'), "target must be one of 'predicted', 'label'; got 'labels'"),
 ])
 def test_a_wrong_setting_is_refused_at_once(settings, said):

@@ -360,13 +360,13 @@ def reused():
      "'1' and '1.conv2' overlap; name layers that follow one another"),
     (net, dict(layer=[]), 'empty list; name at least one layer, or give None'),
     (net, dict(layer='3'),
-     r"'3' puts out a tensor of shape \(2, 8\).*needs a feature map.* last .*is '1'"),
+     r"'3' returns a tensor of shape \(2, 8\).*needs a feature map.* last .*is '1'"),
     (partial(Spare, True), dict(layer='spare'),
-     "'spare' puts out no tensor, or does not run; .*feature map.* last .*is 'rest.1'"),
-    (net, dict(rho=30), r'rho must lie in \[0, 1\), got 30; did you mean 0.3'),
-    (net, dict(ema=1), r'ema must lie in \[0, 1\), got 1'),
-    (net, dict(clean_weight=1), r'clean_weight must lie in \[0, 1\), got 1'),
-    (net, dict(p=1.5), r'p must lie in \[0, 1\], got 1.5'),
+     "'spare' returns no tensor, or does not run; .*feature map.* last .*is 'rest.1'"),
+    (net, dict(rho=30), r'rho must be in \[0, 1\), got 30; did you mean 0.3'),
+    (net, dict(ema=1), r'ema must be in \[0, 1\), got 1'),
+    (net, dict(clean_weight=1), r'clean_weight must be in \[0, 1\), got 1'),
+    (net, dict(p=1.5), r'p must be in \[0, 1\], got 1.5'),
     (net, dict(fill='other'), "fill must be one of .*'swap'.*got 'other'"),
     (net, dict(teacher='ema'), "teacher must be one of 'full', .*; got 'ema'"),
     (net, dict(granularity='pixel'), "granularity must be one of 'element', 'spatial'"),
@@ -381,10 +381,10 @@ def test_a_wrong_setting_is_refused(make, settings, said):
     (Spare, dict(layer='spare'), Y, RuntimeError,
      "'spare' ran in evaluation but not in training, .*choose another layer"),
     (in_halves, dict(layer='1'), Y, RuntimeError,
-     'put out 4 feature maps for 8 images; .* DistributedDataParallel'),
+     'returned 4 feature maps for 8 images; .* DistributedDataParallel'),
     (reused, dict(layer=['0', '1']), Y, RuntimeError, 'several times .* name it alone'),
-    (fully_convolutional, {}, Y, ValueError, r'B×K .* returned .*\(8, 4, 6, 6\)'),
-    (regression, {}, Y, ValueError, r'B×K .*\(8, 1\).*regression'),
+    (fully_convolutional, {}, Y, ValueError, r'returned \(8, 4, 6, 6\); .* B×K'),
+    (regression, {}, Y, ValueError, r'returned \(8, 1\); expected .* B×K.*regression'),
     (net, dict(target='label'), None, ValueError, 'cannot use these labels.*got None'),
     (net, dict(target='label'), Y + 1, ValueError, 'cannot use .* 4.* 0 to 3'),
     (net, dict(target='label'), torch.randn(8, 4), ValueError, 'regression targets'),
@@ -401,7 +401,7 @@ def test_a_wrong_step_is_refused(make, settings, y, error, said):
 @pytest.mark.parametrize('settings', [
     dict(teacher='head'), dict(attribution=LayerGradientXActivation)])
 def test_settings_that_need_a_head_are_refused_without_one(settings):
-    said = "cannot be cut behind 'encoder'.*teacher=None or 'full'.*'grad_x_act'"
+    said = "cannot be cut after 'encoder'.*teacher=None or 'full'.*'grad_x_act'"
     with pytest.raises(ValueError, match=said): SGDrop(Compares(), X, X, **settings)
 
 

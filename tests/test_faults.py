@@ -217,7 +217,7 @@ def test_an_image_that_is_not_finite_has_no_hole(
     n_batches = 1 if spoiled else 2  # spoiled weights spoil all that follows
     if spoiled: net = spoiled(net, value)
     cb = SGDropCallback(rho=0.3, fill=note, **settings)
-    with pytest.warns(SaliencyWarning, match='had NaN or infinity') as warned:
+    with pytest.warns(SaliencyWarning, match='found NaN or infinity') as warned:
         make_learner(net, n=8 * n_batches).fit(1, cbs=cb)
     assert holes == [[False, *[True] * 7]] * n_batches
     assert sum(issubclass(w.category, SaliencyWarning) for w in warned) == 1

@@ -95,7 +95,7 @@ def test_negative_attribution_is_kept():
 
 @pytest.mark.parametrize('rho', [-0.1, 1.0, 10, math.nan, '0.1', None])
 def test_share_outside_zero_and_one_is_refused(rho):
-    with pytest.raises(ValueError, match=r'rho must lie in \[0, 1\)'):
+    with pytest.raises(ValueError, match=r'rho must be in \[0, 1\)'):
         saliency_mask(torch.rand(1, 2, 3, 3), rho)
 
 

@@ -163,18 +163,18 @@ def swin(): return timm.create_model('swin_tiny_patch4_window7_224')
 
 
 REFUSED = {
-    'skip connection': ('resnet18', 'layer4.1.conv1', 'ResNet cannot be cut behind'),
+    'skip connection': ('resnet18', 'layer4.1.conv1', 'ResNet cannot be cut after'),
     'layer scale': ('convnext_tiny', 'features.5.1.block.0', 'ConvNeXt cannot be cut'),
     'dense block': ('densenet121', 'features.denseblock4.denselayer3', 'cannot be cut'),
     'depends on data': (DependsOnData, None, 'DependsOnData cannot be cut'),
-    'trace fails': (merge_layer, '1.layers.0', 'cannot be cut behind'),
+    'trace fails': (merge_layer, '1.layers.0', 'cannot be cut after'),
     'no logits': (Reconstructs, 'decoder', "do not depend on the layer 'decoder'"),
     'unknown layer': ('resnet18', 'layer5', "no layer 'layer5'; .* are 'layer4'"),
     'deep layer': ('densenet121', 'denseblock4', "nearest .*'features.denseblock4'"),
     'other network': ('resnet18', nn.ReLU(), 'the layer ReLU is not a part of ResNet'),
-    'no map': ('resnet18', 'fc', r"'fc' puts out .*\(2, 10\).*last such .*'layer4'"),
-    'does not run': ('googlenet', 'aux1', "'aux1' puts out no tensor, or does not run"),
-    'no map at all': (one_position, '2', "'2' puts out a tensor of shape .*B×C×H×W.$"),
+    'no map': ('resnet18', 'fc', r"'fc' returns .*\(2, 10\).*last such .*'layer4'"),
+    'does not run': ('googlenet', 'aux1', "'aux1' returns no tensor, or does not run"),
+    'no map at all': (one_position, '2', "'2' returns a tensor of shape .*B×C×H×W.$"),
     'small images': (one_position, None, 'are the images too small'),
     'transformer': (vit, None, 'VisionTransformer works on tokens.*not supported'),
     'channels last': (swin, None, 'SwinTransformer have their channels last'),

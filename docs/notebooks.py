@@ -19,7 +19,10 @@ KINDS = {ast.FunctionDef: 'function', ast.ClassDef: 'class'}
 
 def cells(path, text, steps=()):
     "Yield (cell, directives) for what is shown; `text` converts Markdown"
-    processor = NBProcessor(nb=read_nb(path), procs=[*STEPS, *steps])
+    nb = read_nb(path)
+    for cell in nb.cells:  # a directive may go on in the next line, indented
+        if cell.cell_type == 'code': cell.source = re.sub(r'\n#\| {2,}', ' ', cell.source)
+    processor = NBProcessor(nb=nb, procs=[*STEPS, *steps])
     processor.process()
     directives = [c.directives_ for c in processor.nb.cells]
     for cell in processor.nb.cells: cell.metadata = {}

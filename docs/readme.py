@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from nbconvert import MarkdownExporter
-from nbformat.v4 import new_markdown_cell, new_notebook
+from nbformat.v4 import new_notebook
 from traitlets.config import Config
 
 from addresses import addresses, settings
@@ -14,7 +14,6 @@ from notebooks import callouts, cells, option, outside_code, with_install
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = '<!-- Made from nbs/index.ipynb by docs/readme.py: edit the notebook. -->'
-FOLDED = '<details><summary>Show the code</summary>\n\n```python\n{}\n```\n\n</details>'
 EXPORTER = MarkdownExporter(config=Config(
     NbConvertBase=dict(
         display_data_priority=['text/markdown', 'text/html', 'text/plain']),
@@ -57,8 +56,6 @@ def render(links):
         alt = option(directives, 'fig-alt') or option(directives, 'fig-cap')
         for out in cell.get('outputs', []):
             if 'image/png' in out.get('data', {}): picture(out, alt, pictures)
-        if 'hide-input' in cell.metadata.get('tags', []):
-            made.append(new_markdown_cell(FOLDED.format(cell.source)))
         made.append(cell)
     if not pictures: raise SystemExit('nbs/index.ipynb has no pictures: run make nbs')
     language = dict(language_info=dict(name='python'))

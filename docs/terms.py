@@ -8,11 +8,13 @@ from website import NBS, plain
 
 
 def read():
-    "Return the definition of each term; the first of several names is the term"
-    text = (NBS/'glossary.md').read_text(encoding='utf-8')
-    found = re.findall(r'^(\w.*)\n: (.+)', text, flags=re.M)
-    return {names.split(', ')[0].lower(): re.sub(r' \([^()]*\)\.$', '.', plain(about))
-            for names, about in found}
+    "Return entry and definition of each term that links"
+    text, terms = (NBS/'glossary.md').read_text(encoding='utf-8'), {}
+    for names, about in re.findall(r'^(\w.*)\n: (.+)', text, flags=re.M):
+        first, *others = names.lower().split(', ')
+        about = re.sub(r' \([^()]*\)\.$', '.', plain(about))  # the page that explains it
+        for name in [first, *(n for n in others if ' ' in n)]: terms[name] = first, about
+    return {name: entry for name, entry in terms.items() if len(name) > 2}
 
 
 def anchor(app, doctree):
@@ -25,16 +27,16 @@ def anchor(app, doctree):
 def link(app, doctree, docname):
     "Link the first mention of each term in the paragraphs of a page"
     if docname in ('glossary', 'changelog', 'references'): return
-    about = {term: text for term, text in read().items() if len(term) > 2}
+    left = read()
     glossary = app.builder.get_relative_uri(docname, 'glossary')
     def linked(text):
-        terms = '|'.join(sorted(map(re.escape, about), key=len, reverse=True))
-        found = re.search(rf'\b({terms})s?\b', text, flags=re.I) if about else None
+        terms = '|'.join(sorted(map(re.escape, left), key=len, reverse=True))
+        found = re.search(rf'\b({terms})s?\b', text, flags=re.I) if left else None
         if not found: return [nodes.Text(text)]
-        term = found[1].lower()
-        uri = f'{glossary}#{make_id(f"term {term}")}'
+        entry, about = left.pop(found[1].lower())
+        uri = f'{glossary}#{make_id(f"term {entry}")}'
         reference = nodes.reference('', found[0], refuri=uri, internal=True,
-                                    reftitle=about.pop(term), classes=['term'])
+                                    reftitle=about, classes=['term'])
         return [nodes.Text(text[:found.start()]), reference,
                 *linked(text[found.end():])]
     for text in [*doctree.findall(nodes.Text)]:

@@ -260,6 +260,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'sgdrop.experiments.touch._run': ('experiments/touch.html#_run', 'sgdrop/experiments/touch.py'),
                                           'sgdrop.experiments.touch.plot_cover': ( 'experiments/touch.html#plot_cover',
                                                                                    'sgdrop/experiments/touch.py'),
+                                          'sgdrop.experiments.touch.plot_home': ( 'experiments/touch.html#plot_home',
+                                                                                  'sgdrop/experiments/touch.py'),
                                           'sgdrop.experiments.touch.plot_rho': ( 'experiments/touch.html#plot_rho',
                                                                                  'sgdrop/experiments/touch.py'),
                                           'sgdrop.experiments.touch.plot_training': ( 'experiments/touch.html#plot_training',

@@ -29,7 +29,7 @@ from ..plots import common_scale, show_attribution
 from ..split import eval_mode, split_model
 
 # %% auto #0
-__all__ = ['TOUCH', 'plot_rho', 'plot_training', 'plot_cover']
+__all__ = ['TOUCH', 'plot_rho', 'plot_training', 'plot_cover', 'plot_home']
 
 # %% ../../nbs/experiments/08_touch.ipynb #238bb767
 def _loaders(s):
@@ -173,4 +173,18 @@ def plot_cover() -> Figure:
     for ax, shown, (plain, sgdrop) in zip(axes, (image, covered), values):
         show_attribution(shown, ax=ax)
         ax.set_xlabel(f'{name}: plain {plain} %, SGDrop {sgdrop} %')
+    return fig
+
+# %% ../../nbs/experiments/08_touch.ipynb #1999d944
+def plot_home() -> Figure:
+    "Draw the attribution of both networks over two photographs"
+    table = rows('touch')
+    fig, axes = plt.subplots(1, 4, figsize=(8, 2.5), layout='constrained')
+    for k, pair in enumerate((axes[:2], axes[2:])):
+        image = _decoded(table.photographs[0][k])
+        maps = torch.tensor([run['maps'][-1][k] for run in table.training])
+        shares = pixel_shares(maps.view(-1, 1, 8, 8), image.shape[1:])
+        for ax, share, name, run in zip(pair, shares, ('plain', 'SGDrop'), table.training):
+            show_attribution(image, share, vmax=common_scale(*shares), ax=ax)
+            ax.set(title=name, xlabel=f"without squares: {run['absent'][-1]} %")
     return fig

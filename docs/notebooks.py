@@ -21,7 +21,7 @@ def cells(path, text, steps=()):
     "Yield (cell, directives) for what is shown; `text` converts Markdown"
     nb = read_nb(path)
     for cell in nb.cells:  # a directive may go on in the next line, indented
-        if cell.cell_type == 'code': cell.source = re.sub(r'\n#\| {2,}', ' ', cell.source)
+        cell.source = re.sub(r'\n#\| {2,}', ' ', cell.source)
     processor = NBProcessor(nb=nb, procs=[*STEPS, *steps])
     processor.process()
     directives = [c.directives_ for c in processor.nb.cells]

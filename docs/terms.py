@@ -12,8 +12,9 @@ def read():
     text, terms = (NBS/'glossary.md').read_text(encoding='utf-8'), {}
     for names, about in re.findall(r'^(\w.*)\n: (.+)', text, flags=re.M):
         first, *others = names.lower().split(', ')
-        about = re.sub(r' \([^()]*\)\.$', '.', plain(about))  # the page that explains it
-        for name in [first, *(n for n in others if ' ' in n)]: terms[name] = first, about
+        without_page = re.sub(r' \([^()]*\)\.$', '.', plain(about))
+        named = [first, *(name for name in others if ' ' in name)]
+        terms |= {name: (first, without_page) for name in named}
     return {name: entry for name, entry in terms.items() if len(name) > 2}
 
 

@@ -179,12 +179,13 @@ def plot_cover() -> Figure:
 def plot_home() -> Figure:
     "Draw the attribution of both networks over two photographs"
     table = rows('touch')
+    right = [run['absent'][-1] for run in table.training]
     fig, axes = plt.subplots(1, 4, figsize=(8, 2.5), layout='constrained')
     for k, pair in enumerate((axes[:2], axes[2:])):
         image = _decoded(table.photographs[0][k])
         maps = torch.tensor([run['maps'][-1][k] for run in table.training])
         shares = pixel_shares(maps.view(-1, 1, 8, 8), image.shape[1:])
-        for ax, share, name, run in zip(pair, shares, ('plain', 'SGDrop'), table.training):
+        for ax, share, name, absent in zip(pair, shares, ('plain', 'SGDrop'), right):
             show_attribution(image, share, vmax=common_scale(*shares), ax=ax)
-            ax.set(title=name, xlabel=f"without squares: {run['absent'][-1]} %")
+            ax.set(title=name, xlabel=f'without squares: {absent} %')
     return fig

@@ -311,6 +311,14 @@ def test_pages_on_a_desktop(tab, server):
 
 
 @built
+def test_the_home_page_begins_with_a_picture(tab, server):
+    tab.set_viewport_size(dict(width=1280, height=900))
+    tab.goto(server, wait_until='load')
+    top = 'document.querySelector("article img").getBoundingClientRect().top'
+    assert tab.evaluate(top) < 500 and len(PAGES) <= 45
+
+
+@built
 @pytest.mark.parametrize('word', ['install', 'dropout', 'shortcut', 'background'])
 def test_search_finds(word, tab, server):
     tab.goto(f'{server}search.html?q={word}')

@@ -43,7 +43,7 @@ def class_mask(
     # 'predicted'; a class number; B class numbers; or B×K label weights
     target: str | int | Tensor,
     logits: Tensor,  # B×K
-    check: bool = True,  # check the values of `target`, which waits for a GPU
+    check: bool = True,  # check the values of `target`, which waits for the GPU
 ) -> Tensor:  # bool, B×K: True for the classes to attribute
     "Return a table of the classes to attribute, for any target format"
     k = logits.shape[1]

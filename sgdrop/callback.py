@@ -119,7 +119,7 @@ def _stronger_labels(y, cbs):
 # %% ../nbs/06_callback.ipynb #1501eb15
 @patch
 def after_pred(self: SGDropCallback):
-    "Replace the prediction by the masked one, and the loss by that of both passes"
+    "Replace the prediction with the masked one, and the loss with that of both passes"
     if self.runs is None: return
     clean, runs, loss_func = self.pred, self.runs, self.learn.loss_func
     self.runs = None
@@ -133,7 +133,7 @@ def after_pred(self: SGDropCallback):
 # %% ../nbs/06_callback.ipynb #1aad309c
 @patch
 def after_cancel_step(self: SGDropCallback):
-    "Note that the optimizer's step was skipped"
+    "Record that the optimizer's step was skipped"
     self.skipped = True
 
 @patch

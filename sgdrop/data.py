@@ -54,7 +54,7 @@ def cue_regions(
     "Choose a square of each image, in a random corner, one pixel from the edge"
     g, pixel = torch.Generator().manual_seed(seed), torch.arange(size)
     if anywhere: first = torch.randint(size - patch + 1, (2, n, 1), generator=g)
-    # second choice: at the bottom or at the right
+    # for row and column: 0 is at the top or left, 1 at the bottom or right
     else: first = 1 + torch.randint(2, (2, n, 1), generator=g) * (size - patch - 2)
     rows, columns = (pixel >= first) & (pixel < first + patch)
     return rows[:, None, :, None] & columns[:, None, None, :]
@@ -102,7 +102,7 @@ class _MemoryLoader(TfmdDL):
     @property
     def tensors(self):  # None for new images, as in `learn.predict`
         return vars(self.dataset).get('tensors')
-    def create_item(self, i):  # None is how fastai tries a loader
+    def create_item(self, i):  # fastai passes None to try a loader
         return i or 0 if self.tensors else super().create_item(i)
     def create_batch(self, items):
         if not self.tensors: return super().create_batch(items)
@@ -294,7 +294,7 @@ DOMAINS = 'photo', 'art_painting', 'cartoon', 'sketch'  # of PACS
 def domain_files(
     left_out: str,  # one of `DOMAINS`
 ) -> tuple[list[Path], list[Path]]:  # files of the three others, and of this one
-    "List the files of PACS, those of one domain apart"
+    "List the files of three domains of PACS, and those of the fourth"
     if left_out not in DOMAINS: raise ValueError(
         f'left_out must be one of {DOMAINS}, got {left_out!r}')
     files = get_image_files(fetch_set('pacs')).sorted()
@@ -358,7 +358,7 @@ def frame(
     share_right: float | None,  # see `shown_classes`; None for surrounds of any class
     seed: int = 0,  # of the surrounds
 ) -> tuple[Tensor, Tensor]:  # images, and the regions: bool, N×1×H×H
-    "Replace all but the centre of each image by the surround of another image"
+    "Replace all but the centre of each image with the surround of another image"
     size, g = x.shape[-1], torch.Generator().manual_seed(seed)
     centre, edge = torch.zeros(1, 1, size, size, dtype=torch.bool), round(0.2 * size)
     centre[..., edge:-edge, edge:-edge] = True

@@ -27,7 +27,7 @@ __all__ = ['RENAMED', 'check_settings', 'check_state', 'explain', 'SGDrop', 'rho
 RENAMED = dict(share='p', unmasked='clean_weight')  # name in version 0.1 → name now
 
 def check_settings(
-    **settings: object,  # settings of `SGDrop`; the others have their defaults
+    **settings: object,  # settings of `SGDrop`; missing ones have their defaults
 ) -> None:
     "Raise an error for an unknown setting or an invalid value"
     known = {name: p.default for name, p in inspect.signature(SGDrop).parameters.items()
@@ -51,7 +51,7 @@ def check_settings(
 
 # %% ../nbs/05_dropout.ipynb #0957ca57
 def _replace_logits(out, logits):
-    "Return a network's output with other main logits"
+    "Return a network's output with its main logits replaced"
     if isinstance(out, Tensor): return logits
     if isinstance(out, dict):
         key = next(iter(out))

@@ -17,8 +17,8 @@ __all__ = ['SUMMED_OVER', 'FILLS', 'check_fraction', 'n_dropped', 'group_attribu
 
 # %% ../nbs/01_mask.ipynb #f2570e79
 def check_fraction(
-    name: str,  # of the setting, for the error
-    value: float,  # of the setting
+    name: str,  # name of the setting, for the error message
+    value: float,  # value of the setting
     closed: bool = False,  # allow 1
 ) -> float:  # the same value
     "Return a value in [0, 1), or raise a `ValueError` that names the setting"
@@ -127,7 +127,7 @@ FILLS = dict(zero=_zero_fill, mean=_mean_fill, kept_mean=_kept_mean_fill,
 def fill_function(
     fill: str | Callable,  # a name in `FILLS`, or a function f(z, M)
 ) -> Callable:  # f(z, M)
-    "Return the fill with a name, or raise a `ValueError` that lists all names"
+    "Return the function for a fill, or raise a `ValueError` that lists all names"
     if callable(fill): return fill
     if isinstance(fill, str) and fill in FILLS: return FILLS[fill]
     raise ValueError(

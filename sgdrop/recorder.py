@@ -49,7 +49,7 @@ class FocusRecorder(Callback):
 # %% ../nbs/10_recorder.ipynb #9020b438
 @patch
 def before_fit(self: FocusRecorder):
-    "Announce the columns"
+    "Add the columns to fastai's table"
     self.samples, self.trained = None, False
     if not hasattr(self.dls.valid, 'new'): raise TypeError(
         f'dls.valid is a {type(self.dls.valid).__name__}; FocusRecorder expects '

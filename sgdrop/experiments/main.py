@@ -83,7 +83,7 @@ def _parser():
     add('name')
     add('--jobs', type=_count, default=1, help='how many processes (default: 1)')
     add('--out', type=Path, help='folder of the tables')
-    add('--again', action='store_true', help='make two runs again, and compare')
+    add('--again', action='store_true', help='repeat two runs, and compare')
     add = command(_data, "fetch image sets into fastai's data folder")
     add('name', nargs='*', help='default: all')
     add('--missing', action='store_true', help='only list missing sets')

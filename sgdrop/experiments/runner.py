@@ -33,7 +33,7 @@ def settings_key(
 # %% ../../nbs/experiments/01_runner.ipynb #52c0dac3
 @dataclass(frozen=True)
 class Experiment:
-    "A plan of runs, and the function that makes one"
+    "A plan of runs, and the function that executes one"
     name: str  # name, also of its table
     # settings of each run, or a function that returns them from the tables' folder
     plan: list[dict] | Callable[[Path], list[dict]]
@@ -52,7 +52,7 @@ def run_all(
     plan: list[dict],  # settings of each run
     jobs: int = 1,  # number of processes; 1 for this process alone
 ) -> Iterator[tuple[dict, dict]]:  # settings and results, as they are finished
-    "Make the runs of a plan, several at a time"
+    "Execute the runs of a plan, several at a time"
     jobs = min(jobs, len(plan))
     if jobs <= 1:
         yield from ((settings, run(settings)) for settings in plan)
@@ -125,7 +125,7 @@ def complete(
     jobs: int = 1,  # number of processes
     show_bar: bool = False,  # show a progress bar?
 ) -> pd.DataFrame:  # a row per run of the plan
-    "Make the runs that the table of an experiment lacks"
+    "Execute the runs that the table of an experiment lacks"
     plan = {settings_key(settings): settings for settings in experiment.planned(folder)}
     path = Path(folder) / f'{experiment.name}.jsonl'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def repeat(
     folder: Path = TABLES,  # folder of the tables
     n: int = 2,  # number of runs
 ) -> pd.DataFrame:  # a row per run: its result in the table and now
-    "Make the first runs of a table again, to compare"
+    "Repeat the first runs of a table, and compare the results"
     found = {row['key']: row[experiment.value] for row in
              read_rows(Path(folder) / f'{experiment.name}.jsonl')}
     again = {settings_key(settings): experiment.run(settings)[experiment.value]

@@ -110,7 +110,7 @@ class ErasePerImage(Callback):
 
 # %% ../../nbs/experiments/00_training.ipynb #1b2d06d2
 class AverageWeights(Callback):
-    "An exponential moving average of the weights as the trained network"
+    "A callback that replaces the trained weights with their moving average"
     order, run_valid = 60, False
     def __init__(self,
         decay: float = 0.99,  # share of the old weights kept at each step, in [0, 1)
@@ -183,7 +183,7 @@ class JTT(Callback):
     "Just train twice (Liu et al. 2021, algorithm 1)"
     run_valid = False
     def __init__(self,
-        epochs: int = 10,  # of the first network
+        epochs: int = 10,  # number of epochs of the first network
         weight: float = 20.,  # how many times as often its errors are sampled
     ): self.epochs, self.weight = epochs, weight
 
@@ -268,7 +268,7 @@ def new_learner(
 
 # %% ../../nbs/experiments/00_training.ipynb #0067cc30
 class SkipValidation(Callback):
-    "No validation during training"
+    "A callback that skips validation during training"
     order = -10
     def before_validate(self): raise CancelValidException
 

@@ -118,7 +118,7 @@ def mask_numbers(
     granularity: str,  # 'element', 'spatial' or 'channel'
     layer: str | None = None,  # where the mask acts; None for the last feature map
 ) -> dict[str, float]:  # 'under_mask', 'clean', 'follows_wrong'
-    "Measure whether a network reads the class off the mask"
+    "Measure whether a network predicts the class from the mask"
     generator, right, head = torch.Generator().manual_seed(0), [], None
     for x, y in batches:
         x, y = x.as_subclass(Tensor), y.as_subclass(Tensor)
@@ -156,7 +156,7 @@ _TRAPS += [_trap(0.3, 'label', *place) for place in _PLACES] + [
           clean_weight=0.5)]  # the last run has the defaults
 
 def _run_traps(settings):
-    "Train under a mask, and measure whether the network reads masks"
+    "Train under a mask, and measure whether the network predicts from masks"
     s = dict(fill='zero', clean_weight=0.) | _WHOSE_MASK[settings['whose']] | settings
     names = 'rho layer granularity p target teacher fill clean_weight'.split()
     learn, _ = _photograph_learner('imagenette', s['seed'])

@@ -231,9 +231,9 @@ TRIES: dict[str, list[dict[str, dict]]] = dict(
     rsc=[dict(rsc=dict(drop=drop, share=share)) for drop, share in
          ((0.1, 0.33), (0.2, 0.33), (0.33, 0.33), (0.33, 0.67), (0.5, 0.5), (0.5, 1.))],
     decoupling=[dict(decoupling=dict(penalty=penalty))
-                for penalty in (0.01, 0.1, 0.3, 1., 3., 10.)],
+                for penalty in (0.01, 0.1, 0.3, 1., 3., 10., 30.)],
     jtt=[dict(jtt=dict(epochs=epochs, weight=weight)) for epochs, weight in
-         ((10, 5.), (10, 20.), (10, 50.), (20, 5.), (20, 20.), (20, 50.))])
+         ((10, 2.), (10, 5.), (20, 5.), (10, 20.), (20, 20.), (10, 50.), (20, 50.))])
 
 SEARCHED = [*WATERMARK, _BAR[0]]  # cells of the search
 _SEARCH = [run for method, tries in TRIES.items() for recipe in tries

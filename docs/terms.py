@@ -4,7 +4,7 @@ import re
 from docutils import nodes
 from docutils.nodes import make_id
 
-from website import NBS, plain
+from website import NBS
 
 
 def read():
@@ -12,7 +12,8 @@ def read():
     text, terms = (NBS/'glossary.md').read_text(encoding='utf-8'), {}
     for names, about in re.findall(r'^(\w.*)\n: (.+)', text, flags=re.M):
         first, *others = names.lower().split(', ')
-        without_page = re.sub(r' \([^()]*\)\.$', '.', plain(about))
+        without_links = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', about)
+        without_page = re.sub(r' \([^()]*\)\.$', '.', without_links)
         named = [first, *(name for name in others if ' ' in name)]
         terms |= {name: (first, without_page) for name in named}
     return {name: entry for name, entry in terms.items() if len(name) > 2}

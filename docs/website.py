@@ -119,8 +119,3 @@ def inline_drawings(md):
     def text(m): return (ROOT/'nbs/images'/m[1]).read_text(encoding='utf-8').strip()
     image = r'^!\[[^]]*\]\((?:\.\./)*images/(\w+\.svg)\)$'
     return re.sub(image, lambda m: HTML.format(text(m)), md, flags=re.M)
-
-
-def plain(md):
-    "Return a line of Markdown without links, for a cell of a table"
-    return re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', md).replace('|', r'\|')

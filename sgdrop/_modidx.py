@@ -258,6 +258,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'sgdrop.experiments.touch._probabilities': ( 'experiments/touch.html#_probabilities',
                                                                                        'sgdrop/experiments/touch.py'),
                                           'sgdrop.experiments.touch._run': ('experiments/touch.html#_run', 'sgdrop/experiments/touch.py'),
+                                          'sgdrop.experiments.touch._shares': ( 'experiments/touch.html#_shares',
+                                                                                'sgdrop/experiments/touch.py'),
                                           'sgdrop.experiments.touch.plot_cover': ( 'experiments/touch.html#plot_cover',
                                                                                    'sgdrop/experiments/touch.py'),
                                           'sgdrop.experiments.touch.plot_home': ( 'experiments/touch.html#plot_home',

@@ -20,7 +20,7 @@ from sgdrop.dropout import SGDrop
 from sgdrop.experiments import benchmark, shortcuts, touch, training, tutorials
 from sgdrop.experiments.benchmark import chosen
 from sgdrop.experiments.main import experiments, main
-from sgdrop.experiments.runner import TABLES, rows, settings_key
+from sgdrop.experiments.runner import TABLES, read_rows, rows, settings_key
 from sgdrop.experiments.training import ratios, take_turns
 
 FIELDS = ['method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_share',
@@ -41,11 +41,11 @@ def test_committed_tables_are_their_plans(name):
     except (FileNotFoundError, ValueError):  # its search is not finished
         assert name in UNFINISHED and not (TABLES / f'{name}.jsonl').exists()
         return
-    found = rows(name) if (TABLES / f'{name}.jsonl').exists() else pd.DataFrame(
-        dict(key=[]))
-    assert found.key.is_unique and set(found.key) <= set(planned)
+    found = read_rows(TABLES / f'{name}.jsonl')
+    keys = {row['key'] for row in found}
+    assert len(keys) == len(found) and keys <= set(planned)
     assert name in UNFINISHED or len(found) == len(planned)
-    for row in found.to_dict('records'):
+    for row in found:
         settings = json.loads(row['key'])
         assert all(row[k] == v or v is None and pd.isna(row[k])
                    for k, v in settings.items())

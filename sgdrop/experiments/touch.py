@@ -25,7 +25,7 @@ from .training import (
     RECIPES, BFloat16, fit, new_learner, small_network, split_files)
 from ..mask import FILLS, kept_attribution, saliency_mask
 from ..metrics import is_correct, model_attribution, pixel_shares
-from ..plots import common_scale, show_attribution
+from ..plots import attribution_bar, common_scale, show_attribution
 from ..split import eval_mode, split_model
 
 # %% auto #0
@@ -139,13 +139,16 @@ def plot_rho() -> Figure:
     return fig
 
 # %% ../../nbs/experiments/08_touch.ipynb #c5813113
+def _shares(run, epochs, k, size):
+    "Return the attribution of photograph `k` at some epochs, as shares of its pixels"
+    maps = torch.tensor([run['maps'][epoch][k] for epoch in epochs])
+    return pixel_shares(maps.view(-1, 1, 8, 8), size)
+
 def plot_training() -> Figure:
     "Draw the attribution of both networks at three epochs"
     table, epochs = rows('touch'), [0, 9, 39]
     image = _decoded(table.photographs[0][0])
-    maps = [torch.tensor([run['maps'][e][0] for e in epochs]).view(-1, 1, 8, 8)
-            for run in table.training]
-    shares = [pixel_shares(each, image.shape[1:]) for each in maps]
+    shares = [_shares(run, epochs, 0, image.shape[1:]) for run in table.training]
     fig, axes = plt.subplots(2, 3, figsize=(6, 4), layout='constrained')
     for line, run, each in zip(axes, table.training, shares):
         for ax, epoch, share in zip(line, epochs, each):
@@ -153,8 +156,7 @@ def plot_training() -> Figure:
             ax.set_xlabel(f"{run['absent'][epoch]} % correct")
     for ax, epoch in zip(axes[0], epochs): ax.set_title(f'epoch {epoch + 1}')
     for line, name in zip(axes, ('plain', 'SGDrop')): line[0].set_ylabel(name)
-    fig.colorbar(axes[0, 0].images[-1], ax=axes, shrink=0.7,
-                 label='attribution (1 = spread evenly)')
+    attribution_bar(axes, shrink=0.7)
     return fig
 
 # %% ../../nbs/experiments/08_touch.ipynb #e1fe89ad
@@ -183,9 +185,8 @@ def plot_home() -> Figure:
     fig, axes = plt.subplots(1, 4, figsize=(8, 2.5), layout='constrained')
     for k, pair in enumerate((axes[:2], axes[2:])):
         image = _decoded(table.photographs[0][k])
-        maps = torch.tensor([run['maps'][-1][k] for run in table.training])
-        shares = pixel_shares(maps.view(-1, 1, 8, 8), image.shape[1:])
-        for ax, share, name, absent in zip(pair, shares, ('plain', 'SGDrop'), right):
+        shares = [_shares(run, [-1], k, image.shape[1:]) for run in table.training]
+        for ax, [share], name, absent in zip(pair, shares, ('plain', 'SGDrop'), right):
             show_attribution(image, share, vmax=common_scale(*shares), ax=ax)
             ax.set(title=name, xlabel=f'without squares: {absent} %')
     return fig

@@ -178,15 +178,15 @@ def plot_cover() -> Figure:
     return fig
 
 # %% ../../nbs/experiments/08_touch.ipynb #1999d944
-def plot_home() -> Figure:
-    "Draw the attribution of both networks over two photographs"
+def plot_home(
+    k: int,  # index of a photograph
+) -> Figure:
+    "Draw the attribution of both networks over a photograph"
     table = rows('touch')
-    right = [run['absent'][-1] for run in table.training]
-    fig, axes = plt.subplots(1, 4, figsize=(8, 2.5), layout='constrained')
-    for k, pair in enumerate((axes[:2], axes[2:])):
-        image = _decoded(table.photographs[0][k])
-        shares = [_shares(run, [-1], k, image.shape[1:]) for run in table.training]
-        for ax, [share], name, absent in zip(pair, shares, ('plain', 'SGDrop'), right):
-            show_attribution(image, share, vmax=common_scale(*shares), ax=ax)
-            ax.set(title=name, xlabel=f'without squares: {absent} %')
+    image = _decoded(table.photographs[0][k])
+    shares = [_shares(run, [-1], k, image.shape[1:]) for run in table.training]
+    fig, axes = plt.subplots(1, 2, figsize=(4.4, 2.4), layout='constrained')
+    for ax, [share], name in zip(axes, shares, ('plain training', 'SGDrop')):
+        show_attribution(image, share, vmax=common_scale(*shares), ax=ax)
+        ax.set_title(name)
     return fig

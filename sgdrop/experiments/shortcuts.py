@@ -314,11 +314,13 @@ def _report_plan(folder):
     blends = ['mixup', 'sgdrop+mixup']
     ordinary = [run for dataset, share, arch in _ORDINARY for run in
                 runs([*main, *blends], [(dataset, None, None, arch)], 5, share=share)]
-    plan = [*runs(methods, WATERMARK, 5), *runs([*main, *rivals[:3]], _BAR, 5),
-            *runs([*main, *rivals[:2], 'ceiling'], _FRAME, 3),
+    tuned = [name for name in methods if name not in _PUBLISHED]
+    plan = [*runs(tuned, WATERMARK, 5),
+            *runs([*main, *rivals[:2], 'ceiling', 'sgdrop defaults'], _FRAME, 3),
+            *runs([*main, *rivals[:3]], _BAR, 5),
             *runs([*few, 'ceiling'], _watermark(0.8, *_SMALL), 3),
             *runs([*few, 'ceiling'], _watermark(1., *_SMALL), 3),
-            *ordinary, *runs(few, _PACS, 3),
+            *ordinary, *runs(_PUBLISHED, WATERMARK, 5), *runs(few, _PACS, 3),
             *runs([*main, rivals[0], 'ceiling'], _watermark(0.95, 'resnet18'), 2,
                   size=96)]
     return sorted(plan, key=lambda run: run['seed'] >= 203)

@@ -32,7 +32,8 @@ from ..metrics import (
 from ..split import eval_mode
 
 # %% auto #0
-__all__ = ['CORRUPTIONS', 'CELL', 'WATERMARK', 'IDEAS', 'TRIES', 'SEARCHED', 'EXPERIMENTS', 'chosen', 'harm_undone', 'headline']
+__all__ = ['CORRUPTIONS', 'CELL', 'WATERMARK', 'IDEAS', 'TRIES', 'SEARCHED', 'EXPERIMENTS', 'with_ordinary', 'chosen',
+           'harm_undone', 'headline']
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #581e9425
 def _parts(dataset, share, split_seed):
@@ -242,7 +243,7 @@ _SEARCH = [run for method, tries in TRIES.items() for recipe in tries
            for run in _runs([(method, recipe)], SEARCHED, [150], 'tuning')]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #dcaa6835
-def _with_ordinary(table):
+def with_ordinary(table):
     "Add the accuracy on images that have the cue as often as the training images"
     c = table.correlation.astype(float)
     mixed = c * table.present + (1 - c) * table.misleading.astype(float)
@@ -259,7 +260,7 @@ def chosen(
     n_cells: int = len(SEARCHED),  # how many cells each try has run in
 ) -> dict[str, dict]:  # method → recipe
     "Choose the strongest try of each method whose mean over the cells is high enough"
-    table = _with_ordinary(table).assign(key=table.recipe.map(settings_key))
+    table = with_ordinary(table).assign(key=table.recipe.map(settings_key))
     by_try, found = table.groupby('key')[by], {}
     means = by_try.mean()[by_try.size() >= n_cells]
     for method, recipes in tries.items():

@@ -1,6 +1,7 @@
 "The experiments: each kind of run on tiny images, the committed tables, the command"
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from sgdrop.experiments.main import experiments, main
 from sgdrop.experiments.runner import TABLES, read_rows, rows, settings_key
 from sgdrop.experiments.training import ratios, take_turns
 
+ROOT = Path(__file__).resolve().parent.parent
 FIELDS = ['method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_share',
           'epoch_ratio']
 
@@ -30,8 +32,8 @@ FIELDS = ['method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_
 # Tables
 
 UNFINISHED = {  # tables that are being made
-    'search_sgdrop', 'search_convnext', 'search_shortcuts', 'shortcuts',
-    'shortcuts_upper_bound', 'shortcuts_transfer'}
+    'search_sgdrop', 'search_convnext', 'shortcuts', 'shortcuts_upper_bound',
+    'shortcuts_transfer'}
 
 
 @pytest.mark.parametrize('name', experiments())
@@ -67,6 +69,19 @@ def test_the_chosen_settings_have_the_best_mean_of_their_tries():
         if mean > best.get(method, (0, None))[0]:
             best[method] = mean, json.loads(recipe)
     assert chosen(rows('tuning')) == {m: recipe for m, (_, recipe) in best.items()}
+
+
+def test_pages_quote_the_headline_table():
+    table, quoted = 100 * shortcuts.headline().round(4), set()
+    for cue in ('absent', 'present'):
+        quoted.add(f'{table[cue].plain:.0f} → {table[cue].sgdrop:.0f} %')
+    pages = {path: path.read_text(encoding='utf-8') for path in
+             [ROOT / 'README.md', *(ROOT / 'nbs').rglob('*.ipynb')]}
+    found = {path.name: set(re.findall(r'\*\*(\d+ → \d+ %)\*\*', text))
+             for path, text in pages.items()}
+    for page in ('README.md', 'index.ipynb', 'method_card.ipynb'):
+        assert found[page] == quoted and f'{table.absent.cutmix:.0f} %' in pages[page]
+    assert set.union(*found.values()) == quoted
 
 
 # Runs

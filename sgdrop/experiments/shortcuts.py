@@ -6,7 +6,6 @@
 from __future__ import annotations
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from ..data import (
     CUES, DOMAINS, action_name, bar_files, cue_regions, domain_files,
     labelled_squares, memory_loader, random_crops, shortcut_photographs)
 from .overhead import overhead_table
-from .runner import TABLES, Experiment, rows, settings_key
+from .runner import Experiment, rows, settings_key
 from .training import (
     AS_PUBLISHED, PHOTOGRAPHS, SMALL_NETWORKS, BFloat16, SkipValidation, fit,
     new_learner, small_network, split_files, train_squares, warned)
@@ -123,7 +122,7 @@ def _focus(model, arch, batches, with_cue, regions):
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #0974c928
 def _accuracies(learn):
-    "Return the accuracy by cue, and more about the images without it"
+    "Return the accuracy by cue, and other measures on images without it"
     found, tests = dict.fromkeys(CUES), learn.dls.tests
     with learn.no_bar(), learn.no_logging():
         for cue, dl in tests.items():
@@ -163,7 +162,7 @@ CELL = ['dataset', 'cue', 'correlation', 'arch', 'share']  # columns that name a
 _EPOCHS = {('imagenette', 0.05): 60, ('imagenette', 0.25): 20}  # 40 in all others
 
 def _runs(methods, cells, seeds, part, share=0.1, size=64):
-    "Return a run of each method, a pair of name and recipe, in each cell"
+    "Return the runs of (name, recipe) pairs in each cell, with each seed"
     return [dict(zip(CELL, cell), method=name, seed=seed, split_seed=seed, part=part,
                  share=share, size=size, recipe=recipe,
                  epochs=_EPOCHS.get((cell[0], share), 40),
@@ -244,31 +243,31 @@ _SEARCH = [run for method, tries in TRIES.items() for recipe in tries
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #dcaa6835
 def with_ordinary(table):
-    "Add the accuracy on images that have the cue as often as the training images"
+    "Add the accuracy on images whose cue is right as often as in training"
     c = table.correlation.astype(float)
     mixed = c * table.present + (1 - c) * table.misleading.astype(float)
     return table.assign(ordinary=mixed.fillna(table.present.astype(float)))
 
-# methods with no aim at shortcuts: a stronger setting is no better against them
-_NO_AIM = 'plain', 'mixup'
+# methods not designed against shortcuts
+_ORDINARY_AIM = 'plain', 'mixup'
 
 def chosen(
-    table: pd.DataFrame,  # of the search
+    table: pd.DataFrame,  # rows of the search, one per run
     by: str = 'ordinary',  # column to choose by: 'ordinary' or 'absent'
     within: float = 0.01,  # how far below the best mean the choice may be
     tries: dict[str, list] = TRIES,  # method → its recipes
     n_cells: int = len(SEARCHED),  # how many cells each try has run in
 ) -> dict[str, dict]:  # method → recipe
-    "Choose the strongest try of each method whose mean over the cells is high enough"
+    "Choose each method's strongest try whose mean is close to the best"
     table = with_ordinary(table).assign(key=table.recipe.map(settings_key))
     by_try, found = table.groupby('key')[by], {}
     means = by_try.mean()[by_try.size() >= n_cells]
     for method, recipes in tries.items():
         keys = [settings_key(recipe) for recipe in recipes]
         if missing := set(keys) - set(means.index): raise ValueError(
-            f'{method} has unfinished tries: {sorted(missing)}; finish the search')
+            f'{method} has unfinished tries: {sorted(missing)}; run `sgdrop run search_shortcuts`')
         of_tries = means[keys].to_numpy()
-        least = of_tries.max() - (0. if method in _NO_AIM else within)
+        least = of_tries.max() - (0. if method in _ORDINARY_AIM else within)
         found[method] = recipes[(of_tries >= least).nonzero()[0][-1]]
     return found
 
@@ -283,7 +282,7 @@ _PUBLISHED = {
     'sgdrop as published': AS_PUBLISHED}
 
 def _best_rivals(folder):
-    "Return the tuned rivals, the strongest without the cue first"
+    "Return the tuned rivals, ordered by accuracy without the cue"
     table = rows('search_shortcuts', folder)
     absent = table.groupby(table.recipe.map(settings_key)).absent.mean()
     rivals = {name: -absent[settings_key(recipe)] for name, recipe in
@@ -305,7 +304,7 @@ _ORDINARY = [('imagenette', 0.1, 'resnet'), ('imagenette', 0.1, 'vgg'),
             ('imagenette', 0.05, 'resnet'), ('imagenette', 0.25, 'resnet')]
 
 def _report_plan(folder):
-    "Return the reported runs: three seeds of the most important cells first"
+    "Return the reported runs, those of the first three seeds first"
     methods = _methods(chosen(rows('search_shortcuts', folder)))
     rivals = _best_rivals(folder)
     def runs(names, cells, n, **kwargs):
@@ -328,7 +327,7 @@ def _report_plan(folder):
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #68e8a54a
 def _upper_bound_plan(folder):
-    "Return runs of the methods whose choice without the cue is different"
+    "Return runs of the methods whose settings chosen without the cue differ"
     table = rows('search_shortcuts', folder)
     usual, best = _methods(chosen(table)), _methods(chosen(table, 'absent', 0.))
     other = [(name, recipe) for name, recipe in best.items() if recipe != usual[name]]
@@ -391,35 +390,23 @@ def harm_undone(
     return pd.DataFrame(found).T.rename_axis([*CELL, 'method'])
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #0082e51e
-def _step_time(rounds):
+def _step_time(variant):
     "Return the time of a step, relative to plain training, on two small networks"
-    variant = {1: 'defaults', 2: 'two rounds'}[rounds]
     of_variant = overhead_table()['median'].xs(variant, level='variant')
     return of_variant.loc['cpu', ['small_resnet', 'small_vgg']].mean()
 
-def headline(
-    folder: Path = TABLES,  # of the tables
-) -> pd.DataFrame:  # a row per measure, a column per method
-    "Summarize the report in one table"
-    runs, rival = rows('shortcuts', folder), _best_rivals(folder)[0]
-    watermark = ((runs.cue == 'watermark') & (runs.correlation == 0.95)
-                 & runs.arch.isin(_SMALL))
-    def mean(part, value):
-        by_cell = runs[part].groupby([*CELL, 'method'], dropna=False)[value].mean()
-        return by_cell.unstack().mean(skipna=False)
-    undone = harm_undone(runs[watermark])['mean'].unstack().mean()
-    sgdrop = chosen(rows('search_shortcuts', folder))['sgdrop']['sgdrop']
-    steps = dict(plain=1., sgdrop=_step_time(sgdrop.get('rounds', 1)))
-    table = pd.DataFrame({
-        'with the watermark': mean(watermark, 'present'),
-        'without it': mean(watermark, 'absent'),
-        'with a misleading one': mean(watermark, 'misleading'), 'harm undone': undone,
-        'BAR, other places': mean(runs.dataset == 'bar', 'absent'),
-        'ordinary images': mean(runs.cue.isna(), 'absent'),
-        'time of a step': steps}).T
-    rivals = dict.fromkeys([rival, 'cutmix', 'mixup'])
-    return table[['plain', 'matched', *rivals, 'sgdrop', 'sgdrop+cutmix',
-                  'sgdrop+mixup', 'ceiling']]
+def headline() -> pd.DataFrame:  # a row per method, a column per measure
+    "Summarize the main cells of the report in one table"
+    runs = rows('shortcuts')
+    main = runs[(runs.cue == 'watermark') & (runs.correlation == 0.95)
+                & runs.arch.isin(_SMALL)]
+    of_cells = main.groupby(['method', 'arch'])[[*CUES]].mean()
+    undone = harm_undone(main)['mean'].groupby('method').mean()
+    times = pd.Series({'plain': 1., 'sgdrop defaults': _step_time('defaults'),
+                       'sgdrop': _step_time('two rounds')})
+    table = of_cells.groupby('method').mean().assign(undone=undone, step_time=times)
+    return table.loc[['plain', 'matched', 'mixup', 'rsc', 'cutmix', 'sgdrop defaults',
+                      'sgdrop', 'sgdrop+mixup', 'sgdrop+cutmix', 'ceiling']]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #01925fa1
 _SETS = 'imagenette', 'flowers17', 'bar', 'pacs'

@@ -75,12 +75,12 @@ def test_pages_quote_the_headline_table():
     table, quoted = 100 * shortcuts.headline().round(4), set()
     for cue in ('absent', 'present'):
         quoted.add(f'{table[cue].plain:.0f} → {table[cue].sgdrop:.0f} %')
-    pages = {path: path.read_text(encoding='utf-8') for path in
-             [ROOT / 'README.md', *(ROOT / 'nbs').rglob('*.ipynb')]}
-    found = {path.name: set(re.findall(r'\*\*(\d+ → \d+ %)\*\*', text))
-             for path, text in pages.items()}
-    for page in ('README.md', 'index.ipynb', 'method_card.ipynb'):
-        assert found[page] == quoted and f'{table.absent.cutmix:.0f} %' in pages[page]
+    paths = [ROOT / 'README.md', *(ROOT / 'nbs').rglob('*.ipynb')]
+    pages = {str(path.relative_to(ROOT)): path.read_text('utf-8') for path in paths}
+    found = {name: set(re.findall(r'\*\*(\d+ → \d+ %)\*\*', text))
+             for name, text in pages.items()}
+    for name in ('README.md', 'nbs/index.ipynb', 'nbs/method_card.ipynb'):
+        assert found[name] == quoted and f'{table.absent.cutmix:.0f} %' in pages[name]
     assert set.union(*found.values()) == quoted
 
 

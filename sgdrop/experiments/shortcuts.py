@@ -401,10 +401,12 @@ def headline() -> pd.DataFrame:  # a row per method, a column per measure
     main = runs[(runs.cue == 'watermark') & (runs.correlation == 0.95)
                 & runs.arch.isin(_SMALL)]
     of_cells = main.groupby(['method', 'arch'])[[*CUES]].mean()
-    undone = harm_undone(main)['mean'].groupby('method').mean()
+    undone = dict(harm_undone(main)['mean'].groupby('method').mean(),
+                  plain=0., ceiling=1.)
     times = pd.Series({'plain': 1., 'sgdrop defaults': _step_time('defaults'),
                        'sgdrop': _step_time('two rounds')})
-    table = of_cells.groupby('method').mean().assign(undone=undone, step_time=times)
+    table = of_cells.groupby('method').mean().assign(
+        undone=pd.Series(undone), step_time=times)
     return table.loc[['plain', 'matched', 'mixup', 'rsc', 'cutmix', 'sgdrop defaults',
                       'sgdrop', 'sgdrop+mixup', 'sgdrop+cutmix', 'ceiling']]
 

@@ -405,8 +405,8 @@ def headline() -> pd.DataFrame:  # a row per method, a column per measure
                   plain=0., ceiling=1.)
     times = pd.Series({'plain': 1., 'sgdrop defaults': _step_time('defaults'),
                        'sgdrop': _step_time('two rounds')})
-    table = of_cells.groupby('method').mean().assign(
-        undone=pd.Series(undone), step_time=times)
+    table = of_cells.groupby('method').mean()
+    table['harm undone'], table['step time'] = pd.Series(undone), times
     return table.loc[['plain', 'matched', 'mixup', 'rsc', 'cutmix', 'sgdrop defaults',
                       'sgdrop', 'sgdrop+mixup', 'sgdrop+cutmix', 'ceiling']]
 

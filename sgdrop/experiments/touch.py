@@ -181,12 +181,14 @@ def plot_cover() -> Figure:
 def plot_home(
     k: int,  # index of a photograph
 ) -> Figure:
-    "Draw the attribution of both networks over a photograph"
+    "Draw a photograph, and the attribution of both networks over it"
     table = rows('touch')
     image = _decoded(table.photographs[0][k])
     shares = [_shares(run, [-1], k, image.shape[1:]) for run in table.training]
-    fig, axes = plt.subplots(1, 2, figsize=(4.4, 2.4), layout='constrained')
-    for ax, [share], name in zip(axes, shares, ('plain training', 'SGDrop')):
+    fig, axes = plt.subplots(1, 3, figsize=(4.6, 1.8), layout='constrained')
+    show_attribution(image, ax=axes[0])
+    for ax, [share] in zip(axes[1:], shares):
         show_attribution(image, share, vmax=common_scale(*shares), ax=ax)
-        ax.set_title(name)
+    for ax, name in zip(axes, ('photograph', 'plain training', 'SGDrop')):
+        ax.set_title(name, fontsize=10)
     return fig

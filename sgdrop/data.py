@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from fastai.vision.all import (
     Categorize, DataLoaders, Datasets, Flip, IntToFloatTensor, L, Normalize, PILImage,
-    RandomResizedCrop, TensorCategory, TensorImage, TfmdDL, ToTensor, URLs, Zoom,
-    default_device, fastai_cfg, get_image_files, imagenet_stats, parent_label,
-    setup_aug_tfms, untar_data)
+    RandomResizedCrop, TensorCategory, TensorImage, TfmdDL, ToTensor,
+    Transform, URLs, Zoom, default_device, fastai_cfg, get_image_files, imagenet_stats,
+    parent_label, setup_aug_tfms, untar_data)
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -98,6 +98,10 @@ def with_cue(
     return torch.where(regions, CUE_COLOURS[shown][:, :, None, None], x)
 
 # %% ../nbs/12_data.ipynb #53355b4b
+class _Call(Transform):  # fastai keeps bare functions, and thus our images, for good
+    def __init__(self, f): self.f = f
+    def encodes(self, i): return self.f(i)
+
 class _MemoryLoader(TfmdDL):
     @property
     def tensors(self):  # None for new images, as in `learn.predict`
@@ -120,7 +124,8 @@ def memory_loader(
     "Make a loader of images in memory"
     def image(i): return TensorImage(x[i])
     def label(i): return vocab[y[i]]
-    items = Datasets(range(len(x)), [[image], [label, Categorize(vocab)]])
+    tfms = [_Call(image)], [_Call(label), Categorize(vocab)]
+    items = Datasets(range(len(x)), tfms)
     items.tensors = x, y
     after_batch = [IntToFloatTensor(), *augment, Normalize.from_stats(*stats)]
     return _MemoryLoader(items, num_workers=0, device=default_device(),

@@ -1,5 +1,7 @@
 "Image sets: the same seed gives the same images, and splits keep their promises"
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from sgdrop.data import (
     CUES, FLOWERS17_CLASSES, IMAGENETTE_CLASSES, SHORTCUTS, class_colours, cue_regions,
-    fetch_set, flowers17, imagenette, noisy_digits, shortcut_digits,
+    fetch_set, flowers17, imagenette, memory_loader, noisy_digits, shortcut_digits,
     shortcut_photographs, squares, with_cue)
 
 MEANS = dict(present=(.343959, .344455, .345330), absent=(.326632, .326732, .326941),
@@ -128,3 +130,12 @@ def test_imagenette_validates_on_whole_official_images(with_tiny_sets, tiny_sets
 def test_a_missing_set_without_a_network_names_its_folder(empty_machine, no_network):
     with pytest.raises(FileNotFoundError, match='put its folder at .*17flowers'):
         fetch_set('flowers17')
+
+
+def test_a_loader_frees_its_images():
+    x, y = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+    loader, images = memory_loader(x, y, ['a'], bs=2), weakref.ref(x)
+    loader.one_batch()
+    del x, loader
+    gc.collect()
+    assert images() is None

@@ -20,11 +20,10 @@ from torchvision.transforms.functional import gaussian_blur
 from ..data import (
     CUES, DOMAINS, action_name, bar_files, cue_regions, domain_files,
     labelled_squares, memory_loader, random_crops, shortcut_photographs)
-from .overhead import overhead_table
 from .runner import Experiment, rows, settings_key
 from .training import (
     AS_PUBLISHED, PHOTOGRAPHS, SMALL_NETWORKS, BFloat16, SkipValidation, fit,
-    new_learner, small_network, split_files, train_squares, warned)
+    new_learner, ratios, small_network, split_files, train_squares, warned)
 from ..metrics import (
     attributed, calibration_error, effective_area, even_indices, in_order, is_correct,
     relevance_mass)
@@ -242,7 +241,9 @@ _SEARCH = [run for method, tries in TRIES.items() for recipe in tries
            for run in _runs([(method, recipe)], SEARCHED, [150], 'tuning')]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #dcaa6835
-def with_ordinary(table):
+def with_ordinary(
+    table: pd.DataFrame,  # rows of runs, with accuracies by cue
+) -> pd.DataFrame:  # with the column 'ordinary'
     "Add the accuracy on images whose cue is right as often as in training"
     c = table.correlation.astype(float)
     mixed = c * table.present + (1 - c) * table.misleading.astype(float)
@@ -265,7 +266,8 @@ def chosen(
     for method, recipes in tries.items():
         keys = [settings_key(recipe) for recipe in recipes]
         if missing := set(keys) - set(means.index): raise ValueError(
-            f'{method} has unfinished tries: {sorted(missing)}; run `sgdrop run search_shortcuts`')
+            f'{method} has unfinished tries: {sorted(missing)}; '
+            'run `sgdrop run search_shortcuts`')
         of_tries = means[keys].to_numpy()
         least = of_tries.max() - (0. if method in _ORDINARY_AIM else within)
         found[method] = recipes[(of_tries >= least).nonzero()[0][-1]]
@@ -392,8 +394,9 @@ def harm_undone(
 # %% ../../nbs/experiments/06_shortcuts.ipynb #0082e51e
 def _step_time(variant):
     "Return the time of a step, relative to plain training, on two small networks"
-    of_variant = overhead_table()['median'].xs(variant, level='variant')
-    return of_variant.loc['cpu', ['small_resnet', 'small_vgg']].mean()
+    small = [ratios(pd.DataFrame(row.seconds)) for row in rows('overhead').itertuples()
+             if row.network in ('small_resnet', 'small_vgg')]
+    return sum(table['median'][variant] for table in small) / len(small)
 
 def headline() -> pd.DataFrame:  # a row per method, a column per measure
     "Summarize the main cells of the report in one table"

@@ -392,11 +392,12 @@ def harm_undone(
     return pd.DataFrame(found).T.rename_axis([*CELL, 'method'])
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #0082e51e
-def _step_time(variant):
-    "Return the time of a step, relative to plain training, on two small networks"
-    small = [ratios(pd.DataFrame(row.seconds)) for row in rows('overhead').itertuples()
+def _step_times():
+    "Return each variant's time of a step as a multiple of the plain step's"
+    small = [ratios(pd.DataFrame(row.seconds))['median']
+             for row in rows('overhead').itertuples()
              if row.network in ('small_resnet', 'small_vgg')]
-    return sum(table['median'][variant] for table in small) / len(small)
+    return sum(small) / len(small)
 
 def headline() -> pd.DataFrame:  # a row per method, a column per measure
     "Summarize the main cells of the report in one table"
@@ -406,8 +407,8 @@ def headline() -> pd.DataFrame:  # a row per method, a column per measure
     of_cells = main.groupby(['method', 'arch'])[[*CUES]].mean()
     undone = dict(harm_undone(main)['mean'].groupby('method').mean(),
                   plain=0., ceiling=1.)
-    times = pd.Series({'plain': 1., 'sgdrop defaults': _step_time('defaults'),
-                       'sgdrop': _step_time('two rounds')})
+    times = _step_times().rename(
+        {'defaults': 'sgdrop defaults', 'two rounds': 'sgdrop'})
     table = of_cells.groupby('method').mean()
     table['harm undone'], table['step time'] = pd.Series(undone), times
     return table.loc[['plain', 'matched', 'mixup', 'rsc', 'cutmix', 'sgdrop defaults',

@@ -178,6 +178,8 @@ _BAR = [('bar', 'place', None, arch) for arch in _SMALL]
 _PACS = [(f'pacs/{domain}', 'style', None, 'resnet') for domain in DOMAINS]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #7aaa1bfe
+# the best weight decay of plain training, for all methods
+_DECAY = dict(weight_decay=dict(wd=1.))
 # name → settings that differ from SGDrop's defaults
 IDEAS: dict[str, dict] = {
     'defaults': {}, 'rho 0.3': dict(rho=0.3), 'rho 0.75': dict(rho=0.75),
@@ -209,7 +211,10 @@ def _ideas_plan():
         ideas = {name: _idea(change, arch) for name, change in IDEAS.items()}
         both = {f'{name}, cutmix': ideas[name] | cutmix for name in
                 ('defaults', 'rounds 2', 'rounds 2, clean 0.75')}
-        return dict(plain={}, ceiling={}, cutmix=cutmix) | ideas | both
+        decayed = dict(plain={}, ceiling={}, cutmix=cutmix) | ideas | both
+        name = 'rounds 2, rho 0.3'
+        undecayed = {'plain defaults': {}, f'{name}, less decay': ideas[name]}
+        return {name: recipe | _DECAY for name, recipe in decayed.items()} | undecayed
     return [run for seed in (140, 141) for cell in WATERMARK
             for run in _runs(recipes(cell[3]).items(), [cell], [seed], 'tuning')]
 
@@ -217,10 +222,7 @@ def _ideas_plan():
 _SGDROP = [dict(clean_weight=0.75), dict(rounds=2, rho=0.3, clean_weight=0.75),
            dict(rounds=2, clean_weight=0.75), dict(rounds=2, rho=0.3),
            dict(rounds=3, rho=0.3), dict(rounds=2)]
-# method → its tries, each a recipe
-TRIES: dict[str, list[dict[str, dict]]] = dict(
-    plain=[dict(weight_decay=dict(wd=wd)) for wd in
-           (0.001, 0.01, 0.03, 0.1, 0.3, 1., 3.)],
+_TRIES = dict(
     sgdrop=[dict(sgdrop=settings) for settings in _SGDROP],
     random=[dict(sgdrop=settings | dict(shuffled=True)) for settings in
             (*_SGDROP, dict(rounds=3), dict(rounds=4))],
@@ -235,6 +237,12 @@ TRIES: dict[str, list[dict[str, dict]]] = dict(
                 for penalty in (0.01, 0.1, 0.3, 1., 3., 10., 30.)],
     jtt=[dict(jtt=dict(epochs=epochs, weight=weight)) for epochs, weight in
          ((10, 2.), (10, 5.), (20, 5.), (10, 20.), (20, 20.), (10, 50.), (20, 50.))])
+# method → its tries, each a recipe
+TRIES: dict[str, list[dict[str, dict]]] = dict(
+    plain=[dict(weight_decay=dict(wd=wd)) for wd in
+           (0.001, 0.01, 0.03, 0.1, 0.3, 1., 3.)],
+    **{name: [recipe | _DECAY for recipe in recipes]
+       for name, recipes in _TRIES.items()})
 
 SEARCHED = [*WATERMARK, _BAR[0]]  # cells of the search
 _SEARCH = [run for method, tries in TRIES.items() for recipe in tries
@@ -282,6 +290,7 @@ _PUBLISHED = {
     'smoothing': dict(smoothing=dict(eps=0.1)),
     'ema': dict(ema=dict(decay=0.99, warmup=False)),
     'sgdrop as published': AS_PUBLISHED}
+_PUBLISHED = {name: recipe | _DECAY for name, recipe in _PUBLISHED.items()}
 
 def _best_rivals(folder):
     "Return the tuned rivals, ordered by accuracy without the cue"
@@ -293,11 +302,11 @@ def _best_rivals(folder):
 
 def _methods(tuned):
     "Return all methods of the report, from the recipes of those that are tuned"
-    matched = dict(sgdrop=tuned['sgdrop']['sgdrop'] | dict(shuffled=True))
+    shuffled = dict(sgdrop=tuned['sgdrop']['sgdrop'] | dict(shuffled=True))
     both = {f'sgdrop+{other}': tuned['sgdrop'] | tuned[other]
             for other in ('cutmix', 'mixup')}
-    controls = dict(ceiling=tuned['plain'], matched=matched)
-    defaults = {'plain defaults': {}, 'sgdrop defaults': dict(sgdrop={})}
+    controls = dict(ceiling=tuned['plain'], matched=tuned['sgdrop'] | shuffled)
+    defaults = {'plain defaults': {}, 'sgdrop defaults': dict(sgdrop={}) | _DECAY}
     return tuned | controls | defaults | both | _PUBLISHED
 
 # cells, shares of the images per class, of the comparison without a cue

@@ -21,7 +21,7 @@ help:  ## list the targets
 demo: $(VENV)  ## train with and without SGDrop on the embedded digits; results in demo/
 	@"$(BIN)/sgdrop" demo --seeds 3 --out demo
 
-bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: all of its tables anew, in bench/, 8 hours)
+bench: $(VENV)  ## train two runs of the benchmark again and compare (WHOLE=1: all of its tables anew, in bench/, 15 hours)
 	@$(if $(WHOLE),set -e; for t in search tuning benchmark; do "$(BIN)/sgdrop" run $$t --out bench; done,"$(BIN)/sgdrop" run benchmark --again)
 
 test: synced docs notebooks  ## check that notebooks and modules agree, make the site, run notebooks and pytest (which checks site, README and wheel, too)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import inspect, math, warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import zip_longest
 
 import torch
@@ -170,7 +170,17 @@ def _rerun(network, heads, layers, xb, runs, fills):
 # %% ../nbs/05_dropout.ipynb #3a19dc56
 def _is_compiled(model):
     "Return whether a network, or a part of it, was compiled by `torch.compile`"
-    return any(type(m).__name__ == 'OptimizedModule' for m in model.modules())
+    return any(type(m).__name__ == 'OptimizedModule' or m._compiled_call_impl
+               for m in model.modules())
+
+# %% ../nbs/05_dropout.ipynb #bd617846
+@contextmanager
+def _new_draws(rng):
+    "Take the random state from a generator for a while"
+    seed = torch.randint(2 ** 62, (), generator=rng, device=rng.device)
+    with no_side_effects(None, rng.device):
+        torch.manual_seed(seed.item())
+        yield
 
 # %% ../nbs/05_dropout.ipynb #797483f1
 class SGDrop:
@@ -201,6 +211,7 @@ class SGDrop:
         self.target, self.attribution, self.p = target, attribution, p
         self.granularity, self.fill = granularity, fill_function(fill)
         example = [x[:2] for x in _plain_tensors(example)]
+        if _is_compiled(model): torch.compiler.reset()
         self.layers = resolve_layers(self.network, layer, *example)
         functional = not isinstance(attribution, str)
         needs_heads = functional or teacher == 'head'
@@ -212,7 +223,7 @@ class SGDrop:
         if teacher and functional: self.explained = self.teacher.heads(*example)
         device = next(self.network.parameters()).device
         self.rng = torch.Generator(device).manual_seed(torch.initial_seed())
-        self.first_step, self.monitor = True, MaskMonitor()
+        self.first_step, self.labelled, self.monitor = True, True, MaskMonitor()
         self.observers = [self.monitor]
 
     def __call__(self, *xb: Tensor, y: Tensor | None = None) -> tuple[object, object]:
@@ -235,7 +246,9 @@ class SGDrop:
         "Return the output of a recorded pass with the masked logits in it"
         clean, by_label = class_logits(out).as_subclass(Tensor), self.target == 'label'
         _check_runs(runs, self.layers, clean, self.first_step)
+        y = y if self.labelled else None
         labels = _read_labels(y, clean, by_label, self.first_step, self.monitor.warn)
+        if self.first_step: self.labelled = labels is not None
         xb, maps = _plain_tensors(xb), [zs[-1] for zs in runs]
         logits, zs = [clean] * len(maps), maps
         if self.teacher: logits, zs = self.teacher.look(xb, maps)
@@ -259,8 +272,12 @@ class SGDrop:
         return _replace_logits(out, masked)
 
     def _explain(self, logits, zs, classes, heads):
-        return [group_attribution(explain(self.attribution, *each), self.granularity)
-                for each in zip_longest(logits, zs, classes, heads)]
+        with ExitStack() as stack:
+            if not isinstance(self.attribution, str):
+                stack.enter_context(_new_draws(self.rng))
+            As = [explain(self.attribution, *each)
+                  for each in zip_longest(logits, zs, classes, heads)]
+        return [group_attribution(A, self.granularity) for A in As]
 
     def _rerun(self, xb, runs, Ms):
         def filling(M):

@@ -5,6 +5,7 @@
 # %% ../nbs/11_interpret.ipynb #d9237ba8
 from __future__ import annotations
 from collections.abc import Callable
+from functools import partial
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -33,7 +34,8 @@ def _class_names(table, vocab=None):
 def _image_rows(learn, y, logits, A):
     "Describe each image of a batch in a row of a table"
     with learn.loss_not_reduced(): losses = learn.loss_func(logits, y).float()
-    best, vocab = logits.float().softmax(1).max(1), getattr(learn.dls, 'vocab', None)
+    activation = getattr(learn.loss_func, 'activation', partial(torch.softmax, dim=1))
+    best, vocab = activation(logits.float()).max(1), getattr(learn.dls, 'vocab', None)
     labels, predicted = class_mask(y, logits), class_mask(best.indices, logits)
     measures = metrics.attribution_ratio, metrics.effective_area, metrics.gini
     return pd.DataFrame(dict(
@@ -68,13 +70,15 @@ def from_learner(cls: AttributionInterpretation,
         if dl is None:
             dl = learn.dls.valid.new(without_augmentation(learn.dls[ds_idx].dataset))
         dl = dl.new(shuffle=False, drop_last=False)
+        order = [*dl.get_idxs()]
+        dl = dl.new(get_idxs=lambda: order)
         batches = metrics.attributed(dl, learn.model, layer, target, method)
         found = [(_image_rows(learn, y, logits, A), A.sum(1, keepdim=True).cpu())
                  for _, y, logits, A in batches]
     rows, maps = zip(*found)
     images = pd.concat(rows, ignore_index=True)
     self = cls(learn, dl, torch.tensor(images.loss.tolist()), act)
-    self.images, self.maps = images, torch.cat(maps)
+    self.images, self.maps, self.order = images, torch.cat(maps), order
     return self
 
 # %% ../nbs/11_interpret.ipynb #2175010a
@@ -84,9 +88,14 @@ def pictures(self: AttributionInterpretation,
 ) -> Tensor:  # n×C×H×W, from 0 to 1
     "Return images without normalization"
     with no_random():
-        dl = self.dl.new(get_idxs=lambda: numbers, n=len(numbers), num_workers=0)
-        xs = [x.as_subclass(Tensor) for x, *_ in dl]
+        xs = [x.as_subclass(Tensor) for x, *_ in self._only(numbers)]
     return denormalize(self.dl, torch.cat(xs))
+
+@patch
+def _only(self: AttributionInterpretation, numbers):
+    "Return a loader of some of the images"
+    items = [self.order[i] for i in numbers]
+    return self.dl.new(get_idxs=lambda: items, n=len(items), num_workers=0)
 
 # %% ../nbs/11_interpret.ipynb #aac7099f
 def _draw(interps, numbers, names, vmax, axes):
@@ -183,8 +192,7 @@ def _deletion_curves(interp, numbers, steps):
     "Return the curves of some images, with pixels in salient and in random order"
     found, maps = [], interp.maps[numbers].split(interp.dl.bs)
     with no_random():
-        dl = interp.dl.new(get_idxs=numbers.tolist, n=len(numbers), num_workers=0)
-        for (x, *_), A in zip(dl, maps):
+        for (x, *_), A in zip(interp._only(numbers), maps):
             for order in (A.to(x.device), torch.rand_like(A).to(x.device)):
                 found.append(metrics.deletion_curve(
                     interp.learn.model, x.as_subclass(Tensor), order, steps=steps))

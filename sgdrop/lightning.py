@@ -67,7 +67,8 @@ class SGDropLightning(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         "Warn if the masks had no effect"
-        if self.rho != 0: self.engine.monitor.finish(rho_at(self.end, self.rho))
+        if self.engine is None or self.rho == 0: return
+        self.engine.monitor.finish(rho_at(self.end, self.rho))
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         "Remove the engine from the module"

@@ -27,11 +27,12 @@ __all__ = ['attribution_ratio', 'effective_area', 'gini', 'pixel_shares', 'relev
 def attribution_ratio(
     A: Tensor,  # attribution ≥ 0, B×C×H×W or B×1×H×W
     threshold: float = 0.,  # τ, as a share of each image's largest value, in [0, 1)
-) -> Tensor:  # B values from 0 to 1
+) -> Tensor:  # B values from 0 to 1; NaN where the attribution is not finite
     "Return the share of the map that carries attribution (Bertoin et al. 2024)"
     rows = A.flatten(1)
     least = check_fraction('threshold', threshold) * rows.amax(1, keepdim=True)
-    return (rows > least).float().mean(1)
+    ratio = (rows > least).float().mean(1)
+    return torch.where(rows.sum(1).isfinite(), ratio, torch.nan)
 
 # %% ../nbs/08_metrics.ipynb #5020479a
 def _position_shares(A):
@@ -47,7 +48,7 @@ def effective_area(
     "Return the part of the map that the attribution fills: exp(entropy) / N"
     shares = _position_shares(A)
     area = torch.special.entr(shares).sum(1).exp() / shares.shape[1]
-    return torch.where(shares.sum(1) > 0, area, 0.)
+    return torch.where(shares.sum(1) == 0, 0., area)  # NaN stays NaN
 
 # %% ../nbs/08_metrics.ipynb #f5d024ae
 def gini(
@@ -127,7 +128,9 @@ def attributed(
             logits = class_logits(model(*xb))
             classes = class_mask(y if by_label else target, logits)
             A = explain(method, logits, runs[-1], classes, head)
-        yield xb, y, logits.detach(), A
+        logits = logits.detach()
+        del runs  # free the graph before the images are used
+        yield xb, y, logits, A
 
 # %% ../nbs/08_metrics.ipynb #0afb4f6c
 def model_attribution(

@@ -80,10 +80,13 @@ _PASSES_ON = 'pool dropout identity pad flatten droppath stochasticdepth'.split(
 
 def _maps_among(shapes, model):
     "Return C×H×W of the layers in `shapes` whose output is a feature map"
-    kinds = {name: type(m).__name__.lower() for name, m in model.named_modules()}
+    def passes_on(module):
+        kind = type(module).__name__.lower()
+        return any(part in kind for part in _PASSES_ON) and not any(
+            isinstance(m, nn.Conv2d) for m in module.modules())
+    modules = dict(model.named_modules())
     return {name: tuple(s[1:]) for name, s in shapes.items()
-            if len(s) == 4 and s[2] * s[3] > 1
-            and not any(part in kinds[name] for part in _PASSES_ON)}
+            if len(s) == 4 and s[2] * s[3] > 1 and not passes_on(modules[name])}
 
 # %% ../nbs/02_split.ipynb #4d7c72c2
 def feature_maps(

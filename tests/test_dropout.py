@@ -3,6 +3,7 @@ import io
 import subprocess
 import sys
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torchvision.models.resnet import BasicBlock
 
 from networks import (Compares, Recomputed, build, hooked, images, relative_gap,
                       same_weights, small_network)
+from sgdrop.attribution import random_attribution
 from sgdrop.callback import SGDropCallback
 from sgdrop.dropout import SGDrop
 from sgdrop.mask import SaliencyWarning
@@ -434,3 +436,28 @@ def test_a_state_with_another_teacher_is_refused(saved, here, lightning_callback
 def test_lightning_refuses_two_callbacks(lightning_callback):
     with pytest.raises(RuntimeError, match='more than one stateful callback'):
         by_lightning(lightning_callback(), lightning_callback(rho=0.3))
+
+
+def test_random_masks_differ_from_step_to_step_and_draw_nothing_outside():
+    sgdrop, found = SGDrop(net(), X, attribution=random_attribution), []
+    sgdrop.observers.append(lambda step: found.append(step.Ms[0]))
+    before = torch.get_rng_state()
+    for _ in range(3): step(sgdrop)
+    assert before.equal(torch.get_rng_state())
+    assert not any(a.equal(b) for a, b in combinations(found, 2))
+
+
+def test_targets_that_are_not_classes_stay_without_labels():
+    sgdrop, found = SGDrop(net(), X), []
+    sgdrop.observers.append(lambda step: found.append(step.labels))
+    with pytest.warns(SaliencyWarning, match='labels are not class targets'):
+        sgdrop(X, y=torch.full((8,), -100))
+    sgdrop(X, y=Y)
+    assert found == [None, None]
+
+
+def test_a_network_compiled_in_place_and_run_before_has_its_layer_found():
+    model = net()
+    model.compile(backend='eager')
+    with torch.no_grad(): model.eval()(X[:2])  # the search runs two images, too
+    assert SGDrop(model.train(), X).layers == SGDrop(net(), X).layers

@@ -187,7 +187,13 @@ def test_each_turn_has_every_step_once_and_neighbours_change():
     seconds = take_turns(steps, turns=4)
     turns = [''.join(order[i:i + 3]) for i in range(0, 15, 3)]
     assert all(sorted(turn) == list('abc') for turn in turns)
-    assert len(set(turns)) > 2 and seconds.shape == (4, 3)  # the first is not timed
+    assert len(set(turns)) == 5 and seconds.shape == (4, 3)  # the first is not timed
+
+
+def test_of_two_steps_each_comes_first_equally_often():
+    order = []
+    take_turns({name: partial(order.append, name) for name in 'ab'}, turns=3)
+    assert [''.join(order[i:i + 2]) for i in range(0, 8, 2)] == ['ab', 'ba', 'ba', 'ab']
 
 
 def test_ratios_are_of_the_same_turn():

@@ -146,6 +146,8 @@ def test_several_labels_per_image(make_learner, small_net):
     assert images.label.tolist() == _class_names(labels[:16].bool())
     right = [labels[i, int(p)] == 1 for i, p in enumerate(images.predicted)]
     assert images.right.tolist() == right
+    probable = learn.get_preds()[0].amax(1)
+    assert images.probability.tolist() == pytest.approx(probable.tolist(), rel=1e-5)
 
 
 def test_different_labels_are_not_compared(make_learner, small_net):
@@ -212,3 +214,10 @@ def test_the_scale_leaves_out_one_pixel_in_a_hundred():
     shares = torch.arange(1000.).view(10, 1, 10, 10) / 1000
     assert common_scale(shares) == pytest.approx(98.9)
     assert common_scale(torch.full((1, 1, 10, 10), 0.01)) == 2.
+
+
+def test_pictures_are_those_of_the_rows_where_the_loader_is_a_subset(of_photographs):
+    dl = of_photographs.dl.new(get_idxs=lambda: [5, 2, 7], n=3)
+    part = from_learner(of_photographs.learn, dl=dl)
+    assert part.maps.allclose(of_photographs.maps[[5, 2, 7]])
+    assert part.pictures([1, 2]).equal(of_photographs.pictures([2, 7]))

@@ -1,6 +1,7 @@
 "The measures of focus against other libraries and against slow derivations."
 import copy
 import random
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -556,3 +557,23 @@ def test_between_batches_a_network_is_in_the_mode_it_was_in():
     modes = [m.training for m in net.modules()]
     for _ in attributed([(x, None)] * 2, net):
         assert [m.training for m in net.modules()] == modes and torch.is_grad_enabled()
+
+
+def test_attribution_that_is_not_finite_has_no_area():
+    A = torch.ones(3, 2, 4, 4)
+    A[0, 0, 0, 0], A[1, 1, 2, 2] = torch.nan, torch.inf
+    for measure in (effective_area, attribution_ratio):
+        assert measure(A).isnan().tolist() == [True, True, False]
+
+
+def test_no_graph_is_kept_while_the_attribution_is_used():
+    class Saved:
+        def __init__(self, t): self.t = t
+    saved, batch = [], (images(2, 8, 0), torch.zeros(2))
+    def pack(t):
+        kept = Saved(t.detach())  # with its graph, it would keep itself alive
+        saved.append(weakref.ref(kept))
+        return kept
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.t):
+        for _ in attributed([batch, batch], small_network()):
+            assert saved and not any(ref() for ref in saved)

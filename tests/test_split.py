@@ -196,3 +196,16 @@ def test_a_second_image_bypasses_the_cut():
     pair = images(4, 8), images(4, 8, seed=1)
     with pytest.raises(ValueError, match='Compares cannot be cut'):
         split_model(Compares(), None, *pair)
+
+
+class ConvPool(nn.Sequential):
+    "A block with a name like that of a pooling layer"
+
+
+def test_a_block_with_convolutions_has_a_map_whatever_its_name():
+    def block(n_in, n_out):
+        conv = nn.Conv2d(n_in, n_out, 3, padding=1)
+        return ConvPool(conv, nn.ReLU(), nn.MaxPool2d(2))
+    net = nn.Sequential(block(3, 8), block(8, 16), nn.AdaptiveAvgPool2d(1),
+                        nn.Flatten(), nn.Linear(16, 4))
+    assert find_layer(net, images(2, 16, 0)) == '1'

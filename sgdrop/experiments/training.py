@@ -372,7 +372,8 @@ def take_turns(
     "Time several steps in turns, after one turn to warm up"
     names, rows = list(steps), []
     for turn in range(1 + turns):
-        order = (names[turn % len(names):] + names[:turn % len(names)])[::(-1) ** turn]
+        first = turn // 2 % len(names)
+        order = (names[first:] + names[:first])[::(-1) ** turn]
         rows.append({name: _seconds(steps[name], device) for name in order})
     return pd.DataFrame(rows[1:], columns=names)
 

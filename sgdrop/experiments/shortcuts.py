@@ -257,8 +257,8 @@ def with_ordinary(
     mixed = c * table.present + (1 - c) * table.misleading.astype(float)
     return table.assign(ordinary=mixed.fillna(table.present.astype(float)))
 
-# methods not designed against shortcuts
-_ORDINARY_AIM = 'plain', 'mixup'
+# methods whose strongest tries are no better against shortcuts
+_BEST_TRY = 'plain', 'mixup', 'decoupling'
 
 def chosen(
     table: pd.DataFrame,  # rows of the search, one per run
@@ -277,7 +277,7 @@ def chosen(
             f'{method} has unfinished tries: {sorted(missing)}; '
             'run `sgdrop run search_shortcuts`')
         of_tries = means[keys].to_numpy()
-        least = of_tries.max() - (0. if method in _ORDINARY_AIM else within)
+        least = of_tries.max() - (0. if method in _BEST_TRY else within)
         found[method] = recipes[(of_tries >= least).nonzero()[0][-1]]
     return found
 

@@ -205,7 +205,7 @@ def _idea(change, arch):
     return dict(sgdrop=change | (dict(layer=_DEPTHS[depth][arch]) if depth else {}))
 
 def _ideas_plan():
-    "Return runs of all ideas, alone and with CutMix, seed by seed"
+    "Return runs of all ideas, some also with CutMix, seed by seed"
     cutmix = dict(cutmix=dict(alpha=1.))
     def recipes(arch):
         ideas = {name: _idea(change, arch) for name, change in IDEAS.items()}

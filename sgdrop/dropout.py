@@ -6,7 +6,8 @@
 from __future__ import annotations
 import inspect, math, warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import (AbstractContextManager, ExitStack, contextmanager,
+                        nullcontext)
 from itertools import zip_longest
 
 import torch
@@ -272,12 +273,10 @@ class SGDrop:
         return _replace_logits(out, masked)
 
     def _explain(self, logits, zs, classes, heads):
-        with ExitStack() as stack:
-            if not isinstance(self.attribution, str):
-                stack.enter_context(_new_draws(self.rng))
-            As = [explain(self.attribution, *each)
-                  for each in zip_longest(logits, zs, classes, heads)]
-        return [group_attribution(A, self.granularity) for A in As]
+        method, by_name = self.attribution, isinstance(self.attribution, str)
+        with nullcontext() if by_name else _new_draws(self.rng):
+            return [group_attribution(explain(method, *each), self.granularity)
+                    for each in zip_longest(logits, zs, classes, heads)]
 
     def _rerun(self, xb, runs, Ms):
         def filling(M):

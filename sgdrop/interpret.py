@@ -49,6 +49,7 @@ class AttributionInterpretation(Interpretation):
     "The attribution of a network over a set of images, and its summaries"
     # `images`: a table, one row per image: label, prediction, measures, loss
     # `maps`: attribution summed over the channels, N×1×h×w
+    # `order`: the number of each image in the loader's data set
     def __len__(self): return len(self.images)
 
 # %% ../nbs/11_interpret.ipynb #d9a4c185

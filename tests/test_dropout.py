@@ -461,3 +461,7 @@ def test_a_network_compiled_in_place_and_run_before_has_its_layer_found():
     model.compile(backend='eager')
     with torch.no_grad(): model.eval()(X[:2])  # the search runs two images, too
     assert SGDrop(model.train(), X).layers == SGDrop(net(), X).layers
+
+
+def test_a_lightning_training_without_steps_ends(lightning_callback):
+    lightning_callback().on_train_end(None, None)  # as after a resumed, finished one

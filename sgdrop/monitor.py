@@ -91,7 +91,7 @@ def _no_effect_reason(n_choices, rho):
     if n_choices is None: return 'no step was masked. Check start, end and p.'
     if n_dropped(n_choices, rho) == 0: return (
         f'rho={rho} of {n_choices} is less than one. Try a larger rho, larger images, '
-        "an earlier layer, or granularity='element'.")
+        'or an earlier layer.')
     return 'the attribution was zero, tied or not finite in every image.'
 
 # %% ../nbs/04_monitor.ipynb #251b50cc

@@ -85,6 +85,9 @@ def _maps_among(shapes, model):
         return any(part in kind for part in _PASSES_ON) and not any(
             isinstance(m, nn.Conv2d) for m in module.modules())
     modules = dict(model.named_modules())
+    if 'NHWC' in str(getattr(model, 'output_fmt', '')): raise ValueError(
+        f'the feature maps of {type(model).__name__} have their channels last, '
+        'which is not supported')
     return {name: tuple(s[1:]) for name, s in shapes.items()
             if len(s) == 4 and s[2] * s[3] > 1 and not passes_on(modules[name])}
 
@@ -137,8 +140,6 @@ def find_layer(
     names = [n for n in reversed(maps) if not _inside_a_block(n, maps, modules)]
     names = names or list(maps)[-1:]
     layer = next((n for n in names if _affects_logits(model, n, xb)), names[0])
-    if 'NHWC' in str(getattr(model, 'output_fmt', '')): raise ValueError(
-        f'the feature maps of {kind} have their channels last, which is not supported')
     after = list(shapes)[list(shapes).index(layer):]
     tokens = next((n for n in after if len(shapes[n]) == 3), None)
     if tokens: raise ValueError(
@@ -174,14 +175,14 @@ def resolve_layer(
     if layer is None: return find_layer(model, *xb)
     name, xb = layer_name(model, layer), xb or _example_input(model)
     shapes = output_shapes(model, *xb)
+    maps = _maps_among(shapes, model)
     shape = tuple(shapes.get(name, ()))
     if len(shape) == 4:
         if _affects_logits(model, name, xb): return name
         raise ValueError(f'the logits of {type(model).__name__} do not depend on the '
                          f'layer {name!r}; name one that they depend on')
     found = f'a tensor of shape {shape}' if shape else 'no tensor, or does not run'
-    last = list(_maps_among(shapes, model))[-1:]
-    hint = f' The last such layer is {last[0]!r}' if last else ''
+    hint = f' The last such layer is {list(maps)[-1]!r}' if maps else ''
     raise ValueError(f'the layer {name!r} returns {found}; SGDrop needs a feature map '
                      f'B×C×H×W.{hint}')
 

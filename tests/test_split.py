@@ -178,9 +178,11 @@ REFUSED = {
     'small images': (one_position, None, 'are the images too small'),
     'transformer': (vit, None, 'VisionTransformer works on tokens.*not supported'),
     'channels last': (swin, None, 'SwinTransformer have their channels last'),
+    'named, channels last': (swin, 'layers.3', 'have their channels last'),
     'no convolution': (nn.Flatten, None, 'Flatten has no Conv2d layer'),
 }
-SIZES = {'channels last': 224, 'small images': 8, 'no map at all': 8}
+SIZES = {'channels last': 224, 'named, channels last': 224, 'small images': 8,
+         'no map at all': 8}
 
 
 @pytest.mark.parametrize('case', REFUSED)

@@ -88,7 +88,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sgdrop.dropout.SGDrop.__call__': ('dropout.html#sgdrop.__call__', 'sgdrop/dropout.py'),
                                 'sgdrop.dropout.SGDrop.__init__': ('dropout.html#sgdrop.__init__', 'sgdrop/dropout.py'),
                                 'sgdrop.dropout.SGDrop._explain': ('dropout.html#sgdrop._explain', 'sgdrop/dropout.py'),
-                                'sgdrop.dropout.SGDrop._rerun': ('dropout.html#sgdrop._rerun', 'sgdrop/dropout.py'),
                                 'sgdrop.dropout.SGDrop.active': ('dropout.html#sgdrop.active', 'sgdrop/dropout.py'),
                                 'sgdrop.dropout.SGDrop.load_state_dict': ('dropout.html#sgdrop.load_state_dict', 'sgdrop/dropout.py'),
                                 'sgdrop.dropout.SGDrop.loss': ('dropout.html#sgdrop.loss', 'sgdrop/dropout.py'),

@@ -64,8 +64,8 @@ def class_mask(
     found = f'{target!r:.80}'
     if isinstance(target, Tensor): found = f'a {t.dtype} tensor of {tuple(t.shape)}'
     raise ValueError(
-        f"target must be 'predicted', a class number, {len(logits)} class numbers, or "
-        f'label weights of shape {tuple(logits.shape)}; got {found}')
+        f"target must be 'predicted', a class number, a tensor of {len(logits)} class "
+        f'numbers, or label weights of shape {tuple(logits.shape)}; got {found}')
 
 # %% ../nbs/00_attribution.ipynb #80c99186
 def main_output(

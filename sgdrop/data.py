@@ -107,7 +107,7 @@ class _MemoryLoader(TfmdDL):
     def tensors(self):  # None for new images, as in `learn.predict`
         return vars(self.dataset).get('tensors')
     def create_item(self, i):  # fastai passes None to try a loader
-        return i or 0 if self.tensors else super().create_item(i)
+        return (i or 0) if self.tensors else super().create_item(i)
     def create_batch(self, items):
         if not self.tensors: return super().create_batch(items)
         x, y = self.tensors

@@ -8,6 +8,7 @@ import inspect, math, warnings
 from collections.abc import Callable
 from contextlib import (AbstractContextManager, ExitStack, contextmanager,
                         nullcontext)
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -79,7 +80,7 @@ def _check_runs(runs, layers, logits, thorough=True):
         if not zs: raise RuntimeError(
             f'the layer {name!r} ran in evaluation but not in training, so there is no '
             'feature map to mask; choose another layer')
-        if len(zs) > 1 < len(layers): raise RuntimeError(
+        if len(zs) > 1 and len(layers) > 1: raise RuntimeError(
             f'the layer {name!r} runs several times in a pass, so it cannot be one of '
             'several layers; name it alone')
         if len(zs[-1]) != n: raise RuntimeError(
@@ -88,7 +89,8 @@ def _check_runs(runs, layers, logits, thorough=True):
         hidden = thorough and zs[-1].is_leaf and _has_reentrant_checkpoint(logits)
         if hidden: raise RuntimeError(
             f'the layer {name!r} runs within a reentrant gradient checkpoint, so the '
-            'layers before it would not be trained; set use_reentrant=False')
+            'layers before it would learn nothing from the masked loss; set '
+            'use_reentrant=False')
 
 # %% ../nbs/05_dropout.ipynb #17b631ea
 def _find_heads(network, layers, needed, *xb):
@@ -151,19 +153,19 @@ def explain(
     return attribute(head, z.to(weight.dtype), classes, method)
 
 # %% ../nbs/05_dropout.ipynb #ddcf11a9
-def _rerun(network, heads, layers, xb, runs, fills):
+def _rerun(network, heads, layers, xb, runs, Ms, fill):
     "Return the logits of filled feature maps, and these maps"
-    zs = [fills[0](runs[0][-1])]
+    zs = [fill(runs[0][-1], Ms[0])]
     # clones, since the next layer may change its input in place
     def first_map(out): return zs[0].clone()
-    def filling(fill):
+    def filling(M):
         def fill_later(z):
-            zs.append(fill(z))
+            zs.append(fill(z, M))
             return zs[-1].clone()
         return fill_later
     again, inputs = (heads[0], [zs[0].clone()]) if heads else (network, xb)
     edits = [] if heads else [(layers[0], first_map, len(runs[0]))]
-    edits += zip(layers[1:], map(filling, fills[1:]))
+    edits += zip(layers[1:], map(filling, Ms[1:]))
     with no_side_effects(again, zs[0].device), ExitStack() as stack:
         for edit in edits: stack.enter_context(edited(network, *edit))
         return class_logits(again(*inputs)), zs
@@ -255,17 +257,19 @@ class SGDrop:
         if self.teacher: logits, zs = self.teacher.look(xb, maps)
         classes = [labels if by_label else class_mask('predicted', l) for l in logits]
         As = self._explain(logits, zs, classes, self.explained)
+        # not finite if any attribution or logit is not; a logit may be −∞
         finite = sum((A.flatten(1).sum(1) for A in As), clean.logsumexp(1)).isfinite()
         chance = torch.rand(len(finite), generator=self.rng, device=finite.device)
         spared = (~finite | (chance >= self.p)).view(-1, 1, 1, 1)
         Ms = [saliency_mask(A, self.rho) | spared for A in As]
-        masked, zs = self._rerun(xb, runs, Ms)
+        rerun = partial(_rerun, self.network, self.heads, self.layers, xb, runs)
+        masked, zs = rerun(Ms, self.fill)
         for again in range(1, self.rounds):
             of_left = self._explain([masked] * len(zs), zs, classes, self.heads)
             share = self.rho * (1 - self.rho) ** again
             Ms = [M & (saliency_mask(A * M, share) | spared)
                   for A, M in zip(of_left, Ms)]
-            masked, zs = self._rerun(xb, runs, Ms)
+            masked, zs = rerun(Ms, self.fill)
         masked = masked.to(clean.dtype)
         step = Step(maps, As, Ms, clean.detach(), masked.detach(), labels, finite)
         for observe in self.observers: observe(step)
@@ -274,16 +278,10 @@ class SGDrop:
 
     def _explain(self, logits, zs, classes, heads):
         method, by_name = self.attribution, isinstance(self.attribution, str)
+        # a method given by name needs no heads, and there may be none
         with nullcontext() if by_name else _new_draws(self.rng):
             return [group_attribution(explain(method, *each), self.granularity)
                     for each in zip_longest(logits, zs, classes, heads)]
-
-    def _rerun(self, xb, runs, Ms):
-        def filling(M):
-            def fill(z): return self.fill(z, M)
-            return fill
-        fills = [filling(M) for M in Ms]
-        return _rerun(self.network, self.heads, self.layers, xb, runs, fills)
 
     def loss(self, loss_func: Callable, masked: object, clean: object,
              *y: Tensor) -> Tensor:

@@ -205,7 +205,6 @@ def deletion_curve(self: AttributionInterpretation,
     n: int = 100,  # number of images, spread evenly over the set
     steps: int = 16,  # number of steps
     label: str = 'the network',  # name of the curve
-    baseline: bool = True,  # also draw the curve for pixels in random order?
     ax: plt.Axes | None = None,  # matplotlib axes; new ones if None
 ) -> plt.Axes:
     "Plot the probability of the predicted class while pixels are removed"
@@ -215,8 +214,7 @@ def deletion_curve(self: AttributionInterpretation,
     mean, error = salient.mean(0), salient.std(0) / len(salient) ** 0.5
     colour = ax.plot(removed, mean, label=f'{label}, most salient first')[0].get_color()
     ax.fill_between(removed, mean - error, mean + error, color=colour, alpha=0.25, lw=0)
-    if baseline:
-        ax.plot(removed, random.mean(0), ':', c=colour, label=f'{label}, random order')
+    ax.plot(removed, random.mean(0), ':', c=colour, label=f'{label}, random order')
     ax.set(xlabel='share of pixels removed', ylabel='class probability', ylim=(0, 1))
     ax.legend(fontsize=9)
     return ax

@@ -39,7 +39,7 @@ def _position_shares(A):
     "Return each position's share of its image's attribution, B×N; 0 if there is none"
     positions = A.float().sum(1).flatten(1)
     total = positions.sum(1, keepdim=True)
-    return positions / total.where(total > 0, torch.ones_like(total))
+    return positions / torch.where(total > 0, total, 1)
 
 # %% ../nbs/08_metrics.ipynb #ca0a6a9a
 def effective_area(
@@ -233,8 +233,7 @@ def deletion_curve(
     fill: float | Tensor = 0.,
 ) -> Tensor:  # B×(steps + 1) probabilities, from the whole image to nothing
     "Return the class probability while pixels are removed, most salient first"
-    gone = torch.zeros_like(x) + fill
-    return _perturbation_curve(model, x, A, target, steps, before=x, after=gone)
+    return _perturbation_curve(model, x, A, target, steps, before=x, after=fill)
 
 # %% ../nbs/08_metrics.ipynb #26fd0fff
 def insertion_curve(

@@ -40,8 +40,9 @@ def show_attribution(
     else:
         ax.imshow(image.mean(0), cmap='gray', vmin=-0.5, vmax=1)
         ax.imshow(share[0] * share[0].numel(), cmap=_OVERLAY, vmin=0, vmax=vmax)
-    for colour, width in (('black', 3), ('white', 1.2)) if region is not None else ():
-        ax.contour(region[0].float(), [0.5], colors=colour, linewidths=width)
+    if region is not None:
+        for colour, width in (('black', 3), ('white', 1.2)):
+            ax.contour(region[0].float(), [0.5], colors=colour, linewidths=width)
     ax.set(xticks=[], yticks=[])
     return ax
 

@@ -101,8 +101,8 @@ def feature_maps(
 
 # %% ../nbs/02_split.ipynb #f6abee88
 def _inside_a_block(layer, maps, modules):
-    "Return whether a module around `layer` has no map and is not a container"
-    plain = nn.Sequential.forward, nn.Module.forward  # the second is a list's
+    "Return whether a module around `layer`, other than a container, has no map"
+    plain = nn.Sequential.forward, nn.Module.forward  # `nn.ModuleList` has the second
     parts = layer.split('.')
     around = ['.'.join(parts[:i]) for i in range(1, len(parts))]
     return any(name not in maps and type(modules[name]).forward not in plain
@@ -118,6 +118,7 @@ def _affects_logits(model, layer, xb):
         return leaves[-1].clone()
     hook = model.get_submodule(layer), watch
     with eval_mode(model), torch.enable_grad(), _hooked(hook):
+        # or a frozen network has no graph; clones, as it may change them in place
         xb = [x.detach().requires_grad_().clone() if x.is_floating_point() else x
               for x in xb]
         logits = main_output(model(*xb))
@@ -223,7 +224,7 @@ def _cut_sequential(model, layer):
     halves = _cut_sequential(children[i], deeper) if deeper else (children[i],)
     if halves is None: return None
     head = nn.Sequential(*halves[1:], *children[i + 1:])
-    if any(m is model.get_submodule(layer) for m in head.modules()): return None
+    if model.get_submodule(layer) in head.modules(): return None
     return nn.Sequential(*children[:i], halves[0]), head
 
 # %% ../nbs/02_split.ipynb #c2ef104b

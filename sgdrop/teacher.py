@@ -42,6 +42,7 @@ def _clone_without_hooks(network):
     kinds = 'forward_hooks', 'forward_pre_hooks', 'backward_hooks', 'backward_pre_hooks'
     hooks = [hook for m in network.modules() for kind in kinds
              for hook in getattr(m, f'_{kind}').values()]
+    # the memo: what `deepcopy` takes in place of these hooks
     return deepcopy(network, {id(h): _nothing for h in hooks if _watches(h, network)})
 
 # %% ../nbs/03_teacher.ipynb #f374a263

@@ -178,7 +178,7 @@ _BAR = [('bar', 'place', None, arch) for arch in _SMALL]
 _PACS = [(f'pacs/{domain}', 'style', None, 'resnet') for domain in DOMAINS]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #7aaa1bfe
-# the best weight decay of plain training, for all methods
+# the weight decay chosen for plain training, for all methods
 _DECAY = dict(weight_decay=dict(wd=1.))
 # name → settings that differ from SGDrop's defaults
 IDEAS: dict[str, dict] = {
@@ -428,7 +428,7 @@ _SETS = 'imagenette', 'flowers17', 'bar', 'pacs'
 # the experiments of this page
 EXPERIMENTS = [
     Experiment('search_sgdrop', _ideas_plan(), _run, '45 minutes', _SETS[:1], 'absent'),
-    Experiment('search_shortcuts', _SEARCH, _run, '2.5 hours', _SETS[::2], 'absent'),
+    Experiment('search_shortcuts', _SEARCH, _run, '3 hours', _SETS[::2], 'absent'),
     Experiment('search_convnext', _convnext_plan(), _run, '25 minutes', _SETS[:1],
                'absent'),
     Experiment('shortcuts', _report_plan, _run, '9 hours', _SETS, 'absent'),

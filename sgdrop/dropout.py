@@ -262,14 +262,15 @@ class SGDrop:
         chance = torch.rand(len(finite), generator=self.rng, device=finite.device)
         spared = (~finite | (chance >= self.p)).view(-1, 1, 1, 1)
         Ms = [saliency_mask(A, self.rho) | spared for A in As]
-        rerun = partial(_rerun, self.network, self.heads, self.layers, xb, runs)
-        masked, zs = rerun(Ms, self.fill)
+        rerun = partial(_rerun, self.network, self.heads, self.layers, xb, runs,
+                        fill=self.fill)
+        masked, zs = rerun(Ms)
         for again in range(1, self.rounds):
             of_left = self._explain([masked] * len(zs), zs, classes, self.heads)
             share = self.rho * (1 - self.rho) ** again
             Ms = [M & (saliency_mask(A * M, share) | spared)
                   for A, M in zip(of_left, Ms)]
-            masked, zs = rerun(Ms, self.fill)
+            masked, zs = rerun(Ms)
         masked = masked.to(clean.dtype)
         step = Step(maps, As, Ms, clean.detach(), masked.detach(), labels, finite)
         for observe in self.observers: observe(step)

@@ -105,9 +105,10 @@ def _swap_fill(z, M):
 def _kept_mean_fill(z, M):
     "Fill the holes with the mean of what the channel keeps; zero if it keeps nothing"
     keep = M.to(z.dtype)
+    kept = z * keep
     wide = torch.promote_types(z.dtype, torch.float32)  # a sum can exceed float16
-    total, n = (t.sum((2, 3), keepdim=True, dtype=wide) for t in (z * keep, keep))
-    return _put((total / n.clamp(min=1)).to(z.dtype), z, M)
+    total, n = (t.sum((2, 3), keepdim=True, dtype=wide) for t in (kept, keep))
+    return torch.addcmul(kept, 1 - keep, (total / n.clamp(min=1)).to(z.dtype))
 
 # %% ../nbs/01_mask.ipynb #014b11f6
 def _rescale_fill(z, M):

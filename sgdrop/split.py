@@ -176,7 +176,7 @@ def resolve_layer(
     if layer is None: return find_layer(model, *xb)
     name, xb = layer_name(model, layer), xb or _example_input(model)
     shapes = output_shapes(model, *xb)
-    maps = _maps_among(shapes, model)
+    maps = _maps_among(shapes, model)  # refuses channels last
     shape = tuple(shapes.get(name, ()))
     if len(shape) == 4:
         if _affects_logits(model, name, xb): return name

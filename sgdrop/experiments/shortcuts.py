@@ -290,7 +290,6 @@ _PUBLISHED = {
     'smoothing': dict(smoothing=dict(eps=0.1)),
     'ema': dict(ema=dict(decay=0.99, warmup=False)),
     'sgdrop as published': AS_PUBLISHED}
-_PUBLISHED = {name: recipe | _DECAY for name, recipe in _PUBLISHED.items()}
 
 def _best_rivals(folder):
     "Return the tuned rivals, ordered by accuracy without the cue"
@@ -307,7 +306,8 @@ def _methods(tuned):
             for other in ('cutmix', 'mixup')}
     controls = dict(ceiling=tuned['plain'], matched=tuned['sgdrop'] | shuffled)
     defaults = {'plain defaults': {}, 'sgdrop defaults': dict(sgdrop={}) | _DECAY}
-    return tuned | controls | defaults | both | _PUBLISHED
+    published = {name: recipe | _DECAY for name, recipe in _PUBLISHED.items()}
+    return tuned | controls | defaults | both | published
 
 # cells, shares of the images per class, of the comparison without a cue
 _ORDINARY = [('imagenette', 0.1, 'resnet'), ('imagenette', 0.1, 'vgg'),

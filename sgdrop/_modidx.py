@@ -238,6 +238,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts.headline': ( 'experiments/shortcuts.html#headline',
                                                                                          'sgdrop/experiments/shortcuts.py'),
+                                              'sgdrop.experiments.shortcuts.summarize': ( 'experiments/shortcuts.html#summarize',
+                                                                                          'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts.with_ordinary': ( 'experiments/shortcuts.html#with_ordinary',
                                                                                               'sgdrop/experiments/shortcuts.py')},
             'sgdrop.experiments.touch': { 'sgdrop.experiments.touch._Watch': ( 'experiments/touch.html#_watch',

@@ -31,7 +31,7 @@ from ..split import eval_mode
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'CELL', 'WATERMARK', 'IDEAS', 'TRIES', 'SEARCHED', 'EXPERIMENTS', 'with_ordinary', 'chosen',
-           'harm_undone', 'headline']
+           'harm_undone', 'summarize', 'headline']
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #581e9425
 def _parts(dataset, share, split_seed):
@@ -401,6 +401,15 @@ def harm_undone(
     return pd.DataFrame(found).T.rename_axis([*CELL, 'method'])
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #0082e51e
+def summarize(
+    table: pd.DataFrame,  # rows of runs, with the methods 'plain' and 'ceiling'
+) -> pd.DataFrame:  # a row per method: accuracy by cue, and 'harm undone'
+    "Average each method over its seeds and then over the cells"
+    means = table.groupby(['method', *CELL], dropna=False)[[*CUES]].mean()
+    undone = harm_undone(table)['mean'].groupby('method').mean()
+    return means.groupby('method').mean().assign(
+        **{'harm undone': pd.Series(dict(undone, plain=0., ceiling=1.))})
+
 def _step_times():
     "Return each variant's time of a step as a multiple of the plain step's"
     small = [ratios(pd.DataFrame(row.seconds))['median']
@@ -413,15 +422,11 @@ def headline() -> pd.DataFrame:  # a row per method, a column per measure
     runs = rows('shortcuts')
     main = runs[(runs.cue == 'watermark') & (runs.correlation == 0.95)
                 & runs.arch.isin(_SMALL)]
-    of_cells = main.groupby(['method', 'arch'])[[*CUES]].mean()
-    undone = dict(harm_undone(main)['mean'].groupby('method').mean(),
-                  plain=0., ceiling=1.)
     times = _step_times().rename(
         {'defaults': 'sgdrop defaults', 'two rounds': 'sgdrop'})
-    table = of_cells.groupby('method').mean()
-    table['harm undone'], table['step time'] = pd.Series(undone), times
-    return table.loc[['plain', 'matched', 'mixup', 'rsc', 'cutmix', 'sgdrop defaults',
-                      'sgdrop', 'sgdrop+mixup', 'sgdrop+cutmix', 'ceiling']]
+    methods = ['plain', 'matched', 'mixup', 'rsc', 'cutmix', 'sgdrop defaults',
+               'sgdrop', 'sgdrop+mixup', 'sgdrop+cutmix', 'ceiling']
+    return summarize(main).loc[methods].assign(**{'step time': times})
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #01925fa1
 _SETS = 'imagenette', 'flowers17', 'bar', 'pacs'

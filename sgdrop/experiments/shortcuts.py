@@ -410,6 +410,7 @@ def summarize(
     return means.groupby('method').mean().assign(
         **{'harm undone': pd.Series(dict(undone, plain=0., ceiling=1.))})
 
+# %% ../../nbs/experiments/06_shortcuts.ipynb #61f74bc9
 def _step_times():
     "Return each variant's time of a step as a multiple of the plain step's"
     small = [ratios(pd.DataFrame(row.seconds))['median']

@@ -31,8 +31,8 @@ FIELDS = ['method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_
 
 # Tables
 
-UNFINISHED = {  # tables that are being made
-    'search_sgdrop', 'search_convnext', 'shortcuts', 'shortcuts_transfer'}
+# tables that are being made
+UNFINISHED = {'search_sgdrop', 'search_convnext', 'shortcuts'}
 
 
 @pytest.mark.parametrize('name', experiments())

@@ -32,7 +32,7 @@ FIELDS = ['method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_
 # Tables
 
 # tables that are being made
-UNFINISHED = {'search_sgdrop', 'search_convnext', 'shortcuts'}
+UNFINISHED = {'search_convnext', 'shortcuts'}
 
 
 @pytest.mark.parametrize('name', experiments())

@@ -218,6 +218,15 @@ def _ideas_plan():
     return [run for cell in WATERMARK
             for run in _runs(recipes(cell[3]).items(), [cell], [140], 'tuning')]
 
+# %% ../../nbs/experiments/06_shortcuts.ipynb #f0172fa1
+def with_ordinary(
+    table: pd.DataFrame,  # rows of runs, with accuracies by cue
+) -> pd.DataFrame:  # with the column 'ordinary'
+    "Add the accuracy on images whose cue is right as often as in training"
+    c = table.correlation.astype(float)
+    mixed = c * table.present + (1 - c) * table.misleading.astype(float)
+    return table.assign(ordinary=mixed.fillna(table.present.astype(float)))
+
 # %% ../../nbs/experiments/06_shortcuts.ipynb #d0625372
 _SGDROP = [dict(clean_weight=0.75), dict(rounds=2, rho=0.3, clean_weight=0.75),
            dict(rounds=2, clean_weight=0.75), dict(rounds=2, rho=0.3),
@@ -249,14 +258,6 @@ _SEARCH = [run for method, tries in TRIES.items() for recipe in tries
            for run in _runs([(method, recipe)], SEARCHED, [150], 'tuning')]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #dcaa6835
-def with_ordinary(
-    table: pd.DataFrame,  # rows of runs, with accuracies by cue
-) -> pd.DataFrame:  # with the column 'ordinary'
-    "Add the accuracy on images whose cue is right as often as in training"
-    c = table.correlation.astype(float)
-    mixed = c * table.present + (1 - c) * table.misleading.astype(float)
-    return table.assign(ordinary=mixed.fillna(table.present.astype(float)))
-
 # methods whose strongest tries are no better against shortcuts
 _BEST_TRY = 'plain', 'mixup', 'decoupling'
 

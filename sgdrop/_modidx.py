@@ -196,6 +196,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts._convnext_plan': ( 'experiments/shortcuts.html#_convnext_plan',
                                                                                                'sgdrop/experiments/shortcuts.py'),
+                                              'sgdrop.experiments.shortcuts._fitting_convnext': ( 'experiments/shortcuts.html#_fitting_convnext',
+                                                                                                  'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts._focus': ( 'experiments/shortcuts.html#_focus',
                                                                                        'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts._idea': ( 'experiments/shortcuts.html#_idea',

@@ -449,7 +449,7 @@ EXPERIMENTS = [
     Experiment('search_shortcuts', _SEARCH, _run, '3 hours', _SETS[::2], 'absent'),
     Experiment('search_convnext', _convnext_plan(), _run, '25 minutes', _SETS[:1],
                'absent'),
-    Experiment('shortcuts', _report_plan, _run, '9 hours', _SETS, 'absent'),
+    Experiment('shortcuts', _report_plan, _run, '13 hours', _SETS, 'absent'),
     Experiment('shortcuts_upper_bound', _upper_bound_plan, _run, '1 hour', _SETS[:1],
                'absent'),
     Experiment('shortcuts_transfer', _transfer_plan, _run_transfer, '30 minutes',

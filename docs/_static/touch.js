@@ -130,7 +130,8 @@
       const cover = h('button', {type: 'button', className: 'cover',
         ariaLabel: 'Cover. Move it with the arrow keys.'})
       add.note('Drag the cover, or move it with the arrow keys.')
-      const stage = photo(cover), at = {x: 0, y: 0}
+      const plain = rows[0].map(place => place[0][0]), worst = plain.indexOf(Math.min(...plain))
+      const stage = photo(cover), at = {x: worst % side, y: Math.floor(worst / side)}
       function move(x, y) {
         [at.x, at.y] = [x, y].map(v => Math.max(0, Math.min(side - 1, Math.round(v))))
         redraw()

@@ -301,6 +301,22 @@ def _fitting_convnext(folder):
     best = max(fits, key=lambda row: row['absent'])
     return {name: best[name] for name in ('arch', 'epochs', 'lr')}
 
+# %% ../../nbs/experiments/06_shortcuts.ipynb #2be3e6ac
+def _layer_norm_plan(folder):
+    "Return runs of the ConvNeXt, with and without a fixed scale of LayerNorm"
+    convnext = _fitting_convnext(folder)
+    sgdrop = dict(rounds=2, rho=0.3)
+    methods = dict(plain={}, ceiling={}, cutmix=dict(cutmix=dict(alpha=1.)),
+                   sgdrop=dict(sgdrop=sgdrop),
+                   fixed=dict(sgdrop=sgdrop | dict(fixed=True)),
+                   shuffled=dict(sgdrop=sgdrop | dict(shuffled=True)))
+    cells = *_watermark(0.95, convnext['arch']), ('imagenette', None, None,
+                                                  convnext['arch'])
+    return [run | convnext for cell in cells
+            for run in _runs([(name, recipe | _DECAY) for name, recipe in
+                              methods.items() if cell[1] or name != 'ceiling'],
+                             [cell], [160], 'tuning')]
+
 # %% ../../nbs/experiments/06_shortcuts.ipynb #09a5f274
 # methods that are not tuned, at their published settings
 _PUBLISHED = {
@@ -448,6 +464,8 @@ EXPERIMENTS = [
     Experiment('search_sgdrop', _ideas_plan(), _run, '45 minutes', _SETS[:1], 'absent'),
     Experiment('search_shortcuts', _SEARCH, _run, '3 hours', _SETS[::2], 'absent'),
     Experiment('search_convnext', _convnext_plan(), _run, '25 minutes', _SETS[:1],
+               'absent'),
+    Experiment('search_layer_norm', _layer_norm_plan, _run, '30 minutes', _SETS[:1],
                'absent'),
     Experiment('shortcuts', _report_plan, _run, '13 hours', _SETS, 'absent'),
     Experiment('shortcuts_upper_bound', _upper_bound_plan, _run, '1 hour', _SETS[:1],

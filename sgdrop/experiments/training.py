@@ -10,6 +10,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -29,7 +30,7 @@ from torchvision.transforms import RandomErasing
 
 from ..all import (
     EMATeacher, SGDropCallback, few_per_class, random_attribution, saliency_mask)
-from ..attribution import class_mask
+from ..attribution import class_logits, class_mask, grad_x_act
 from ..data import (
     FLOWERS17_CLASSES, IMAGENETTE_CLASSES, fetch_set, flower_name, labelled_squares,
     memory_loader, random_crops)
@@ -197,12 +198,26 @@ class JTT(Callback):
         def sample(): return torch.multinomial(weights, n, replacement=True).tolist()
         self.dls.train.get_idxs = sample
 
+# %% ../../nbs/experiments/00_training.ipynb #f98a8e19
+def _fixed_layer_norm(x, shape, weight, bias, eps):
+    "Compute LayerNorm, with a scale that has no gradient"
+    dims = [-1 - i for i in range(len(shape))]
+    variance = x.detach().var(dims, unbiased=False, keepdim=True)
+    return (x - x.mean(dims, keepdim=True)) * (variance + eps).rsqrt() * weight + bias
+
+def _fixed_scale(head, z, classes, attribution=grad_x_act):
+    "Attribute with the scale of each LayerNorm held fixed"
+    with patch('torch.nn.functional.layer_norm', _fixed_layer_norm):
+        logits = class_logits(head(z))
+    return attribution(logits, z, classes)
+
 # %% ../../nbs/experiments/00_training.ipynb #3314cf30
-def _sgdrop(rho=0.5, ramp=0., shuffled=False, **settings):
+def _sgdrop(rho=0.5, ramp=0., shuffled=False, fixed=False, **settings):
     "Make a callback from settings that JSON can hold"
     rising = [SchedLin(0., rho), SchedNo(rho, rho)]
     if ramp: rho = combine_scheds([ramp, 1 - ramp], rising)
     if shuffled: settings['attribution'] = random_attribution
+    if fixed: settings['attribution'] = _fixed_scale
     return SGDropCallback(rho, **settings)
 
 def _cutmix(alpha=1., share=1.):

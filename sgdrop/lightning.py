@@ -53,7 +53,9 @@ class SGDropLightning(Callback):
             self.engine = SGDrop(network, *xb, **self.settings)
             if self.resumed: self.engine.load_state_dict(self.resumed)
             self.resumed, module.sgdrop = None, self.engine
-        pct_train = trainer.global_step / trainer.estimated_stepping_batches
+        epochs = trainer.current_epoch + batch_idx / trainer.num_training_batches
+        pct_train = max(0., epochs / trainer.max_epochs,  # a limit may be -1, for none
+                        trainer.global_step / trainer.max_steps)
         self.engine.rho = rho_at(pct_train, self.rho, self.start, self.end)
 
     def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:

@@ -85,8 +85,9 @@ def _maps_among(shapes, model):
         return any(part in kind for part in _PASSES_ON) and not any(
             isinstance(m, nn.Conv2d) for m in module.modules())
     modules = dict(model.named_modules())
-    if 'NHWC' in str(getattr(model, 'output_fmt', '')): raise ValueError(
-        f'the feature maps of {type(model).__name__} have their channels last, '
+    if last := [m for m in modules.values()
+                if 'NHWC' in str(getattr(m, 'output_fmt', ''))]: raise ValueError(
+        f'the feature maps of {type(last[0]).__name__} have their channels last, '
         'which is not supported')
     return {name: tuple(s[1:]) for name, s in shapes.items()
             if len(s) == 4 and s[2] * s[3] > 1 and not passes_on(modules[name])}
@@ -233,7 +234,9 @@ def _trace(model, layer, training):
     def is_leaf(module, name): return not layer.startswith(f'{name}.')
     tracer = fx.Tracer()
     tracer.is_leaf_module = is_leaf
-    with eval_mode(model): return tracer.trace(model.train(training))
+    with eval_mode(model):
+        model.train(training)  # whose override may return nothing
+        return tracer.trace(model)
 
 # %% ../nbs/02_split.ipynb #f2a77cc7
 def _main_node(out):

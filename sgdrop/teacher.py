@@ -56,7 +56,8 @@ class EMATeacher(nn.Module):
         super().__init__()
         self.decay, self.warmup = check_fraction('ema', decay), warmup
         self.n_updates = 0
-        self.module = _clone_without_hooks(student).float().eval().requires_grad_(False)
+        self.module = _clone_without_hooks(student).float().requires_grad_(False)
+        self.eval()
 
     def forward(self, *xb: Tensor) -> object:
         "Return the output of the copy"

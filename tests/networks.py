@@ -5,7 +5,6 @@ from typing import NamedTuple
 import timm
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 from fastai.vision.learner import create_vision_model
 from fastai.vision.models import resnet18
@@ -131,18 +130,6 @@ class Recomputed(nn.Module):
         self.part, self.reentrant = part, reentrant
 
     def forward(self, x): return checkpoint(self.part, x, use_reentrant=self.reentrant)
-
-
-class Autocast(Callback):
-    "What MixedPrecision does on a GPU, in bfloat16 on the CPU"
-    order = MixedPrecision.order
-
-    def before_batch(self):
-        self.cast = torch.autocast('cpu', torch.bfloat16)
-        self.cast.__enter__()
-
-    def after_pred(self): self.learn.pred = self.pred.float()
-    def after_loss(self): self.cast.__exit__(None, None, None)
 
 
 class Spy(Callback):

@@ -145,12 +145,6 @@ def test_helpers_of_one_function_are_private():
 
 # Imports
 
-def test_the_library_does_not_import_experiments():
-    wrong = {m: up for m in module_names() if not is_experiment(m)
-             if (up := {i for i in imports(m) if is_experiment(i)})}
-    assert_none(wrong)
-
-
 def test_experiments_do_not_import_each_other():
     wrong = {}
     for module in filter(is_experiment, module_names()):

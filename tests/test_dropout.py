@@ -16,7 +16,6 @@ from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import cross_entropy
-from torchvision.models.resnet import BasicBlock
 
 from networks import (Compares, Recomputed, build, hooked, images, relative_gap,
                       same_weights, small_network)
@@ -166,15 +165,15 @@ def lightning_module():
     return Classifier()
 
 
-def by_lightning(*callbacks):
+def by_lightning(*callbacks, items=ITEMS, epochs=1):
     from lightning import Trainer
     module = lightning_module()
     torch.manual_seed(7)
     trainer = Trainer(
-        max_epochs=1, callbacks=list(callbacks), accelerator='cpu', logger=False,
+        max_epochs=epochs, callbacks=list(callbacks), accelerator='cpu', logger=False,
         enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False)
-    trainer.fit(module, torch.utils.data.DataLoader(ITEMS, 8))
+    trainer.fit(module, torch.utils.data.DataLoader(items, 8))
     return module.net
 
 
@@ -203,6 +202,38 @@ def test_fastai_trains_as_the_loop(name):
 def test_lightning_trains_as_the_loop(name, lightning_callback):
     model = by_lightning(lightning_callback(**SETTINGS[name]))
     assert same_weights(by_hand(**SETTINGS[name]), model)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    "Items without a length"
+    def __iter__(self): return iter(ITEMS)
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning:lightning')
+def test_lightning_masks_a_stream_to_its_end(lightning_callback):
+    cb, shares = lightning_callback(), []
+    class Note(lightning_callback.__bases__[0]):
+        def on_train_batch_end(self, *args): shares.append(cb.engine.rho)
+    by_lightning(cb, Note(), items=Stream(), epochs=2)
+    assert shares == [0.5] * 2 * (len(ITEMS) // 8)
+
+
+class ReturnsNothing(nn.Module):
+    "Its `train` is overridden, as to freeze BatchNorm, and returns nothing"
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x): return self.net(x)
+    def train(self, mode=True): super().train(mode)
+
+
+@pytest.mark.parametrize('teacher', [None, 'head', 'full'])
+def test_train_of_a_network_may_return_nothing(teacher):
+    sgdrop = SGDrop(ReturnsNothing(), X, teacher=teacher)
+    assert sgdrop.heads
+    sgdrop.loss(cross_entropy, *sgdrop(X, y=Y), Y).backward()
+    sgdrop.step()
 
 
 def test_only_the_adapters_need_their_framework(lightning_callback):
@@ -331,13 +362,13 @@ def test_of_two_runs_the_last_is_masked():
 # What is refused, with what was found, what was expected and what to do
 
 class Spare(nn.Module):
-    "A network with a layer that runs only in evaluation, or never"
-    def __init__(self, never=False):
+    "A network with a layer that runs only in evaluation"
+    def __init__(self):
         super().__init__()
-        self.never, self.spare, self.rest = never, nn.Conv2d(3, 3, 1), net()
+        self.spare, self.rest = nn.Conv2d(3, 3, 1), net()
 
     def forward(self, x):
-        return self.rest(x if self.never or self.training else self.spare(x))
+        return self.rest(x if self.training else self.spare(x))
 
 
 class InHalves(nn.Sequential):
@@ -346,7 +377,6 @@ class InHalves(nn.Sequential):
         return torch.cat([super(InHalves, self).forward(half) for half in x.chunk(2)])
 
 
-def with_block(): return nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), *net()[2:])
 def fully_convolutional(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
 def regression(): return nn.Sequential(*net()[:-1], nn.Linear(8, 1))
 def in_halves(): return InHalves(*net())
@@ -356,15 +386,6 @@ def reused():
 
 
 @pytest.mark.parametrize('make, settings, said', [
-    (net, dict(layer='10'), "no layer '10'; the nearest names are .*'1'"),
-    (net, dict(layer=net()[0]), 'not a part of Sequential'),
-    (with_block, dict(layer=['1', '1.conv2']),
-     "'1' and '1.conv2' overlap; name layers that follow one another"),
-    (net, dict(layer=[]), 'empty list; name at least one layer, or give None'),
-    (net, dict(layer='3'),
-     r"'3' returns a tensor of shape \(2, 8\).*needs a feature map.* last .*is '1'"),
-    (partial(Spare, True), dict(layer='spare'),
-     "'spare' returns no tensor, or does not run; .*feature map.* last .*is 'rest.1'"),
     (net, dict(rho=30), r'rho must be in \[0, 1\), got 30; did you mean 0.3'),
     (net, dict(ema=1), r'ema must be in \[0, 1\), got 1'),
     (net, dict(clean_weight=1), r'clean_weight must be in \[0, 1\), got 1'),

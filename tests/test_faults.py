@@ -19,9 +19,10 @@ from fastai.learner import Recorder
 from fastai.torch_core import params
 from torch import Tensor, nn
 
-from networks import (Autocast, bare_loss, conv, hooked, images, masked_images,
+from networks import (bare_loss, conv, hooked, images, masked_images,
                       same_weights, spies)
 from sgdrop.callback import SGDropCallback
+from sgdrop.experiments.training import BFloat16
 from sgdrop.mask import FILLS, SaliencyWarning
 from sgdrop.monitor import STATS, NoEffectWarning
 from sgdrop.split import unwrapped
@@ -340,7 +341,7 @@ class HalfBody(nn.Module):
 
 def test_a_body_in_half_precision_trains_its_head(small_net, make_learner):
     net, cb = small_net(), SGDropCallback(rho=0.3, teacher='full', layer='0')
-    make_learner(nn.Sequential(HalfBody(net[:2]), *net[2:]), [Autocast(), cb]).fit(1)
+    make_learner(nn.Sequential(HalfBody(net[:2]), *net[2:]), [BFloat16(), cb]).fit(1)
     assert cb.engine.monitor.totals[STATS.index('changed')] > 0
 
 

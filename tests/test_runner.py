@@ -4,13 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 
-from sgdrop.experiments.runner import (
-    Experiment, complete, read_rows, run_all, settings_key)
+from sgdrop.experiments.runner import Experiment, complete, read_rows
 
 WORKER = '''
 import sys, time
@@ -105,25 +103,6 @@ def test_a_broken_line_is_named(tmp_path):
     (tmp_path / 'table.jsonl').write_bytes(b'{"i": 0}\n{"i": 1\n{"i": 2}\n')
     with pytest.raises(ValueError, match='table.jsonl has a line that is not JSON'):
         read_rows(tmp_path / 'table.jsonl')
-
-
-def test_a_key_is_the_settings_in_any_order():
-    assert settings_key(dict(b=1, a=None)) == '{"a": null, "b": 1}'
-    with pytest.raises(TypeError): settings_key(dict(a=object()))
-
-
-def test_results_come_as_they_are_finished():
-    assert dict((s['i'], r['accuracy']) for s, r in run_all(square, plan_of(3), 2)) == {
-        0: 0, 1: 1, 2: 4}
-
-
-def test_it_works_in_a_thread():
-    made = []
-    def work(): made.extend(run_all(square, plan_of(2), 2))
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(60)
-    assert len(made) == 2
 
 
 def test_the_rows_tell_their_versions(tmp_path):

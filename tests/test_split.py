@@ -178,10 +178,11 @@ REFUSED = {
     'small images': (one_position, None, 'are the images too small'),
     'transformer': (vit, None, 'VisionTransformer works on tokens.*not supported'),
     'channels last': (swin, None, 'SwinTransformer have their channels last'),
-    'named, channels last': (swin, 'layers.3', 'have their channels last'),
+    'channels last inside': (lambda: nn.Sequential(swin()), '0.layers.3',
+                             'SwinTransformer have their channels last'),
     'no convolution': (nn.Flatten, None, 'Flatten has no Conv2d layer'),
 }
-SIZES = {'channels last': 224, 'named, channels last': 224, 'small images': 8,
+SIZES = {'channels last': 224, 'channels last inside': 224, 'small images': 8,
          'no map at all': 8}
 
 

@@ -4,9 +4,8 @@ import io
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from networks import build, images, relative_gap, same_weights, small_network
+from networks import build, images, same_weights, small_network
 from sgdrop.split import split_model
 from sgdrop.teacher import EMATeacher
 
@@ -19,36 +18,6 @@ def steps(model, n, size=16):
         opt.step()
         opt.zero_grad()
         yield i
-
-
-def test_teacher_equals_torchs_averaged_model():
-    model = build('resnet18')
-    ours = EMATeacher(model, 0.7, warmup=False)
-    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))
-    theirs.update_parameters(model)  # its first update is a copy
-    for _ in steps(model, 3, size=64):
-        ours.update(model)
-        theirs.update_parameters(model)
-    averages = ours.module.parameters(), theirs.module.parameters(), model.parameters()
-    for p, q, student in zip(*averages):
-        assert relative_gap(p, q) < 1e-6
-        assert not p.equal(student)
-    for b, student in zip(ours.module.buffers(), model.buffers(), strict=True):
-        assert b.equal(student) and b.dtype == student.dtype
-    assert ours.module.bn1.num_batches_tracked == 3
-
-
-def test_warm_up_equals_an_average_in_float64():
-    model = small_network()
-    teacher = EMATeacher(model, 0.3)  # reached at step 3
-    slow = [p.detach().double() for p in model.parameters()]
-    for t in steps(model, 5):
-        teacher.update(model)
-        decay = min(0.3, (1 + t) / (10 + t))
-        slow = [decay * s + (1 - decay) * p.detach().double()
-                for s, p in zip(slow, model.parameters())]
-    for p, s in zip(teacher.module.parameters(), slow):
-        torch.testing.assert_close(p.double(), s, rtol=1e-5, atol=1e-7)
 
 
 def test_teacher_of_a_head_follows_the_head_only():

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/experiments/01_runner.ipynb #1c481882
 from __future__ import annotations
-import json, signal, threading
+import json, signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -60,10 +60,9 @@ def run_all(
     # one thread each, which is faster for small networks
     with ProcessPoolExecutor(
             jobs, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        on_main = threading.current_thread() is threading.main_thread()
-        if on_main: before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
         runs = {pool.submit(run, settings): settings for settings in plan}
-        if on_main: signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before)
         try: yield from ((runs[r], r.result()) for r in as_completed(runs))
         except BaseException:  # including Ctrl-C
             for worker in active_children(): worker.terminate()

@@ -291,7 +291,7 @@ class BFloat16(Callback):
     "Forward passes in bfloat16 on any device"
     order = MixedPrecision.order
     def before_batch(self):
-        self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16)
+        self.autocast = torch.autocast(self.x.device.type, torch.bfloat16)
         self.autocast.__enter__()
     def after_pred(self): self.learn.pred = to_float(self.pred)
     def after_loss(self): self.autocast.__exit__(None, None, None)

@@ -302,20 +302,25 @@ def _fitting_convnext(folder):
     return {name: best[name] for name in ('arch', 'epochs', 'lr')}
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #2be3e6ac
-def _layer_norm_plan(folder):
-    "Return runs of the ConvNeXt, with and without a fixed scale of LayerNorm"
+def _networks_plan(folder):
+    "Return runs of ResNet-18 and of a ConvNeXt, with some variants of SGDrop"
+    sgdrop, cutmix = dict(rounds=2, rho=0.3), dict(cutmix=dict(alpha=1.))
+    def recipes(**changes):
+        ours = {name: dict(sgdrop=sgdrop | change) for name, change in changes.items()}
+        return dict(plain={}, ceiling={}, cutmix=cutmix, sgdrop=dict(sgdrop=sgdrop)) | ours
+    def runs(recipes, cell, **kwargs):
+        methods = [(name, recipe | _DECAY) for name, recipe in recipes.items()]
+        return _runs(methods, [cell], [140], 'tuning', **kwargs)
+    maps = recipes(layer3=dict(layer='1.6'), layer2=dict(layer='1.5'))
+    maps |= {f'{name}, cutmix': maps[name] | cutmix for name in ('layer3', 'layer2')}
+    scales = recipes(fixed=dict(fixed=True), shuffled=dict(shuffled=True))
     convnext = _fitting_convnext(folder)
-    sgdrop = dict(rounds=2, rho=0.3)
-    methods = dict(plain={}, ceiling={}, cutmix=dict(cutmix=dict(alpha=1.)),
-                   sgdrop=dict(sgdrop=sgdrop),
-                   fixed=dict(sgdrop=sgdrop | dict(fixed=True)),
-                   shuffled=dict(sgdrop=sgdrop | dict(shuffled=True)))
-    cells = *_watermark(0.95, convnext['arch']), ('imagenette', None, None,
-                                                  convnext['arch'])
-    return [run | convnext for cell in cells
-            for run in _runs([(name, recipe | _DECAY) for name, recipe in
-                              methods.items() if cell[1] or name != 'ceiling'],
-                             [cell], [160], 'tuning')]
+    ordinary = {name: scales[name] for name in ('plain', 'sgdrop', 'fixed')}
+    of_convnext = [
+        *runs(scales, *_watermark(0.95, convnext['arch'])),
+        *runs(ordinary, ('imagenette', None, None, convnext['arch']))]
+    return [*runs(maps, *_watermark(0.95, 'resnet18'), size=96),
+            *[run | convnext for run in of_convnext]]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #09a5f274
 # methods that are not tuned, at their published settings
@@ -465,7 +470,7 @@ EXPERIMENTS = [
     Experiment('search_shortcuts', _SEARCH, _run, '3 hours', _SETS[::2], 'absent'),
     Experiment('search_convnext', _convnext_plan(), _run, '25 minutes', _SETS[:1],
                'absent'),
-    Experiment('search_layer_norm', _layer_norm_plan, _run, '30 minutes', _SETS[:1],
+    Experiment('search_networks', _networks_plan, _run, '90 minutes', _SETS[:1],
                'absent'),
     Experiment('shortcuts', _report_plan, _run, '13 hours', _SETS, 'absent'),
     Experiment('shortcuts_upper_bound', _upper_bound_plan, _run, '1 hour', _SETS[:1],

@@ -311,8 +311,10 @@ def _networks_plan(folder):
     def runs(recipes, cell, **kwargs):
         methods = [(name, recipe | _DECAY) for name, recipe in recipes.items()]
         return _runs(methods, [cell], [140], 'tuning', **kwargs)
-    maps = recipes(layer3=dict(layer='1.6'), layer2=dict(layer='1.5'))
-    maps |= {f'{name}, cutmix': maps[name] | cutmix for name in ('layer3', 'layer2')}
+    layer2 = dict(layer='1.5')
+    maps = recipes(layer3=dict(layer='1.6'), layer2=layer2,
+                   **{'layer2, rounds 3': layer2 | dict(rounds=3)})
+    maps['layer2, cutmix'] = maps['layer2'] | cutmix
     scales = recipes(fixed=dict(fixed=True), shuffled=dict(shuffled=True))
     convnext = _fitting_convnext(folder)
     ordinary = {name: scales[name] for name in ('plain', 'sgdrop', 'fixed')}

@@ -32,7 +32,7 @@ FIELDS = ['method', 'seed', 'acc_present', 'acc_absent', 'acc_misleading', 'cue_
 # Tables
 
 # tables that are being made
-UNFINISHED = {'shortcuts', 'search_networks'}
+UNFINISHED = {'shortcuts'}
 
 
 @pytest.mark.parametrize('name', experiments())

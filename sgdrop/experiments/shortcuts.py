@@ -307,7 +307,8 @@ def _networks_plan(folder):
     sgdrop, cutmix = dict(rounds=2, rho=0.3), dict(cutmix=dict(alpha=1.))
     def recipes(**changes):
         ours = {name: dict(sgdrop=sgdrop | change) for name, change in changes.items()}
-        return dict(plain={}, ceiling={}, cutmix=cutmix, sgdrop=dict(sgdrop=sgdrop)) | ours
+        rivals = dict(plain={}, ceiling={}, cutmix=cutmix)
+        return rivals | dict(sgdrop=dict(sgdrop=sgdrop)) | ours
     def runs(recipes, cell, **kwargs):
         methods = [(name, recipe | _DECAY) for name, recipe in recipes.items()]
         return _runs(methods, [cell], [140], 'tuning', **kwargs)

@@ -85,8 +85,9 @@ def _maps_among(shapes, model):
         return any(part in kind for part in _PASSES_ON) and not any(
             isinstance(m, nn.Conv2d) for m in module.modules())
     modules = dict(model.named_modules())
-    if last := [m for m in modules.values()
-                if 'NHWC' in str(getattr(m, 'output_fmt', ''))]: raise ValueError(
+    # whole networks of timm; a patch embedding has this format in a vision transformer
+    if last := [m for m in modules.values() if hasattr(m, 'forward_features')
+                and 'NHWC' in str(getattr(m, 'output_fmt', ''))]: raise ValueError(
         f'the feature maps of {type(last[0]).__name__} have their channels last, '
         'which is not supported')
     return {name: tuple(s[1:]) for name, s in shapes.items()

@@ -192,6 +192,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'sgdrop/experiments/runner.py')},
             'sgdrop.experiments.shortcuts': { 'sgdrop.experiments.shortcuts._accuracies': ( 'experiments/shortcuts.html#_accuracies',
                                                                                             'sgdrop/experiments/shortcuts.py'),
+                                              'sgdrop.experiments.shortcuts._beside_rivals': ( 'experiments/shortcuts.html#_beside_rivals',
+                                                                                               'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts._best_rivals': ( 'experiments/shortcuts.html#_best_rivals',
                                                                                              'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts._convnext_plan': ( 'experiments/shortcuts.html#_convnext_plan',

@@ -210,11 +210,15 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning:lightning')
-def test_lightning_masks_a_stream_to_its_end(lightning_callback):
+@pytest.mark.parametrize('items, accumulate', [(Stream(), {}), (ITEMS, {0: 1, 1: 2})],
+                         ids=['a stream', 'accumulation'])
+def test_lightning_masks_to_the_end_of_a_fit(items, accumulate, lightning_callback):
+    from lightning.pytorch import callbacks
     cb, shares = lightning_callback(), []
-    class Note(lightning_callback.__bases__[0]):
-        def on_train_batch_end(self, *args): shares.append(cb.engine.rho)
-    by_lightning(cb, Note(), items=Stream(), epochs=2)
+    def note(*args): shares.append(cb.engine.rho)
+    others = [callbacks.LambdaCallback(on_train_batch_end=note)]
+    if accumulate: others.append(callbacks.GradientAccumulationScheduler(accumulate))
+    by_lightning(cb, *others, items=items, epochs=2)
     assert shares == [0.5] * 2 * (len(ITEMS) // 8)
 
 
@@ -232,8 +236,7 @@ class ReturnsNothing(nn.Module):
 def test_train_of_a_network_may_return_nothing(teacher):
     sgdrop = SGDrop(ReturnsNothing(), X, teacher=teacher)
     assert sgdrop.heads
-    sgdrop.loss(cross_entropy, *sgdrop(X, y=Y), Y).backward()
-    sgdrop.step()
+    step(sgdrop)
 
 
 def test_only_the_adapters_need_their_framework(lightning_callback):

@@ -18,7 +18,8 @@ from fastai.vision.learner import vision_learner
 from torchvision.models import resnet18
 
 from sgdrop.attribution import attribute
-from sgdrop.interpret import AttributionInterpretation, _class_names
+from sgdrop.interpret import (
+    AttributionInterpretation, _class_names, total_variation)
 from sgdrop.metrics import effective_area
 from sgdrop.plots import common_scale
 from sgdrop.split import eval_mode, split_model
@@ -200,6 +201,13 @@ def test_long_class_names_are_wrapped(learn):
     for ax in axes.flat:
         assert max(map(len, ax.get_title().splitlines())) <= 20
         assert 'coonhound' in ax.get_title()
+
+
+def test_total_variation_is_the_distance_between_distributions():
+    one, other = (torch.rand(5, 1, 4, 4).double().softmax(3) / 4 for _ in range(2))
+    pairs = zip(one.flatten(1).tolist(), other.flatten(1).tolist())
+    slowly = [sum(max(a - b, 0.) for a, b in zip(p, q)) for p, q in pairs]
+    assert total_variation(one, other).tolist() == pytest.approx(slowly)
 
 
 def test_the_scale_leaves_out_one_pixel_in_a_hundred():

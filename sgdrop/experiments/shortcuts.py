@@ -204,17 +204,22 @@ def _idea(change, arch):
     depth = change.get('layer')
     return dict(sgdrop=change | (dict(layer=_DEPTHS[depth][arch]) if depth else {}))
 
+_CUTMIX = dict(cutmix=dict(alpha=1.))
+
+def _beside_rivals(recipes):
+    "Add plain training, ceiling and CutMix to recipes, all with the chosen decay"
+    rivals = dict(plain={}, ceiling={}, cutmix=_CUTMIX)
+    return {name: recipe | _DECAY for name, recipe in (rivals | recipes).items()}
+
 def _ideas_plan():
     "Return runs of all ideas, some also with CutMix"
-    cutmix = dict(cutmix=dict(alpha=1.))
     def recipes(arch):
         ideas = {name: _idea(change, arch) for name, change in IDEAS.items()}
-        both = {f'{name}, cutmix': ideas[name] | cutmix for name in
+        both = {f'{name}, cutmix': ideas[name] | _CUTMIX for name in
                 ('defaults', 'rounds 2', 'rounds 2, clean 0.75')}
-        decayed = dict(plain={}, ceiling={}, cutmix=cutmix) | ideas | both
         name = 'rounds 2, rho 0.3'
         undecayed = {'plain defaults': {}, f'{name}, less decay': ideas[name]}
-        return {name: recipe | _DECAY for name, recipe in decayed.items()} | undecayed
+        return _beside_rivals(ideas | both) | undecayed
     return [run for cell in WATERMARK
             for run in _runs(recipes(cell[3]).items(), [cell], [140], 'tuning')]
 
@@ -304,21 +309,17 @@ def _fitting_convnext(folder):
 # %% ../../nbs/experiments/06_shortcuts.ipynb #2be3e6ac
 def _networks_plan(folder):
     "Return runs of ResNet-18 and of a ConvNeXt, with some variants of SGDrop"
-    sgdrop, cutmix = dict(rounds=2, rho=0.3), dict(cutmix=dict(alpha=1.))
-    def recipes(**changes):
-        ours = {name: dict(sgdrop=sgdrop | change) for name, change in changes.items()}
-        rivals = dict(plain={}, ceiling={}, cutmix=cutmix)
-        return rivals | dict(sgdrop=dict(sgdrop=sgdrop)) | ours
+    def variants(**changes):
+        return _beside_rivals({name: dict(sgdrop=dict(rounds=2, rho=0.3) | change)
+                               for name, change in changes.items()})
     def runs(recipes, cell, **kwargs):
-        methods = [(name, recipe | _DECAY) for name, recipe in recipes.items()]
-        return _runs(methods, [cell], [140], 'tuning', **kwargs)
-    layer2 = dict(layer='1.5')
-    maps = recipes(layer3=dict(layer='1.6'), layer2=layer2,
-                   **{'layer2, rounds 3': layer2 | dict(rounds=3)})
-    maps['layer2, cutmix'] = maps['layer2'] | cutmix
-    scales = recipes(fixed=dict(fixed=True), shuffled=dict(shuffled=True))
-    convnext = _fitting_convnext(folder)
+        return _runs(recipes.items(), [cell], [140], 'tuning', **kwargs)
+    maps = variants(sgdrop={}, layer3=dict(layer='1.6'), layer2=dict(layer='1.5'),
+                    **{'layer2, rounds 3': dict(layer='1.5', rounds=3)})
+    maps['layer2, cutmix'] = maps['layer2'] | _CUTMIX
+    scales = variants(sgdrop={}, fixed=dict(fixed=True), shuffled=dict(shuffled=True))
     ordinary = {name: scales[name] for name in ('plain', 'sgdrop', 'fixed')}
+    convnext = _fitting_convnext(folder)
     of_convnext = [
         *runs(scales, *_watermark(0.95, convnext['arch'])),
         *runs(ordinary, ('imagenette', None, None, convnext['arch']))]
@@ -473,7 +474,7 @@ EXPERIMENTS = [
     Experiment('search_shortcuts', _SEARCH, _run, '3 hours', _SETS[::2], 'absent'),
     Experiment('search_convnext', _convnext_plan(), _run, '25 minutes', _SETS[:1],
                'absent'),
-    Experiment('search_networks', _networks_plan, _run, '90 minutes', _SETS[:1],
+    Experiment('search_networks', _networks_plan, _run, '2 hours', _SETS[:1],
                'absent'),
     Experiment('shortcuts', _report_plan, _run, '13 hours', _SETS, 'absent'),
     Experiment('shortcuts_upper_bound', _upper_bound_plan, _run, '1 hour', _SETS[:1],

@@ -151,6 +151,16 @@ def test_a_run_with_each_kind_of_shortcut(
     assert (row['kept'] is not None) == ('sgdrop' in recipe)
 
 
+def test_a_whole_map_has_the_accuracy_of_the_network(tiny_images, monkeypatch):
+    few = training.PHOTOGRAPHS['imagenette']._replace(n_tuning=1, per_class=1000)
+    monkeypatch.setitem(training.PHOTOGRAPHS, 'imagenette', few)
+    settings = SMALL_RUN | dict(dataset='imagenette', cue='watermark', recipe={},
+                                correlation=1., train_correlation=1.)
+    row = shortcuts._run_spread(settings)
+    assert row['misleading'] == pytest.approx(shortcuts._run(settings)['misleading'])
+    assert 0 < row['dropped'] <= 1
+
+
 def test_a_run_for_the_interactive_figures(tiny_images, monkeypatch):
     few = training.PHOTOGRAPHS['imagenette']._replace(n_tuning=1, per_class=1000)
     monkeypatch.setitem(training.PHOTOGRAPHS, 'imagenette', few)

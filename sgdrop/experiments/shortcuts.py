@@ -14,7 +14,8 @@ from fastai.vision.all import DataLoaders, parent_label
 from fastcore.basics import noop
 from scipy.stats import t
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import (
+    adaptive_max_pool2d, cross_entropy, interpolate, max_pool2d)
 from torchvision.transforms.functional import gaussian_blur
 
 from ..data import (
@@ -24,10 +25,11 @@ from .runner import Experiment, rows, settings_key
 from .training import (
     AS_PUBLISHED, PHOTOGRAPHS, SMALL_NETWORKS, BFloat16, SkipValidation, fit,
     new_learner, ratios, small_network, split_files, train_squares, warned)
+from ..mask import fill_function
 from ..metrics import (
     attributed, calibration_error, effective_area, even_indices, in_order, is_correct,
     relevance_mass)
-from ..split import eval_mode
+from ..split import eval_mode, split_model
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'CELL', 'WATERMARK', 'IDEAS', 'TRIES', 'SEARCHED', 'EXPERIMENTS', 'with_ordinary', 'chosen',
@@ -135,14 +137,18 @@ def _accuracies(learn):
         logits, y = learn.get_preds(dl=train_squares(learn.dls), act=noop)
     return found | more | dict(train=(logits.argmax(1) == y).float().mean().item())
 
-def _run(s):
-    "Train one configuration and return its metrics"
+def _trained(s):
+    "Train one configuration; return its learner, its callbacks and the seconds"
     network = partial(small_network, s['arch'])
     learn, cbs = new_learner(partial(_loaders, s), network, s['seed'], s['recipe'])
     began = time.process_time()
     lr = s.get('lr') or SMALL_NETWORKS[s['arch']][1]
     fit(learn, s['epochs'], BFloat16(), *cbs, lr=lr)
-    seconds = round(time.process_time() - began, 1)
+    return learn, cbs, round(time.process_time() - began, 1)
+
+def _run(s):
+    "Train one configuration and return its metrics"
+    learn, cbs, seconds = _trained(s)
     found, tests, focus = _accuracies(learn), learn.dls.tests, {}
     if s['part'] == 'test':
         absent, present = (
@@ -418,6 +424,36 @@ def _transfer_plan(folder):
                  split_seed=seed, epochs=20)
             for seed in range(200, 203) for name in ('plain', 'sgdrop', 'mixup')]
 
+# %% ../../nbs/experiments/06_shortcuts.ipynb #4dc644e2
+def _around(regions, shape, r=2):
+    "Mark the positions that a region touches, and those up to r beside them"
+    touched = adaptive_max_pool2d(regions.float(), shape)
+    return max_pool2d(touched, 2 * r + 1, 1, r) > 0
+
+# %% ../../nbs/experiments/06_shortcuts.ipynb #02d7c88b
+def _run_spread(s):
+    "Train one configuration, and drop the map around each misleading square"
+    learn, *_ = _trained(s)
+    tests = DataLoaders(learn.dls.train, learn.dls.tests['misleading'])
+    x, y = (torch.cat(part).as_subclass(Tensor) for part in zip(*in_order(tests)))
+    body, head = split_model(learn.model, None, x[:2])
+    with eval_mode(learn.model): z = body(x)
+    near, fill = _around(learn.dls.cue_regions, z.shape[2:]), fill_function('kept_mean')
+    def accuracy(dropped):
+        with eval_mode(learn.model): logits = head(fill(z, ~dropped))
+        return is_correct(logits, y).float().mean().item()
+    return dict(misleading=accuracy(torch.zeros_like(near)), around=accuracy(near),
+                elsewhere=accuracy(near.roll(1, 0)), dropped=near.float().mean().item())
+
+def _spread_plan(folder):
+    "Return runs of three networks with three methods"
+    methods = _methods(chosen(rows('search_shortcuts', folder)))
+    recipes = [(name, methods[name]) for name in ('plain', 'matched', 'sgdrop')]
+    convnext = _fitting_convnext(folder)
+    return [*_runs(recipes, WATERMARK, (140, 141), 'tuning'),
+            *[run | convnext for run in _runs(
+                recipes, _watermark(0.95, convnext['arch']), (140, 141), 'tuning')]]
+
 # %% ../../nbs/experiments/06_shortcuts.ipynb #5b5ba86b
 def harm_undone(
     table: pd.DataFrame,  # reported rows, with the methods 'plain' and 'ceiling'
@@ -479,5 +515,7 @@ EXPERIMENTS = [
     Experiment('shortcuts', _report_plan, _run, '13 hours', _SETS, 'absent'),
     Experiment('shortcuts_upper_bound', _upper_bound_plan, _run, '1 hour', _SETS[:1],
                'absent'),
+    Experiment('shortcuts_spread', _spread_plan, _run_spread, '30 minutes', _SETS[:1],
+               'around'),
     Experiment('shortcuts_transfer', _transfer_plan, _run_transfer, '30 minutes',
                _SETS[:3], 'bar')]

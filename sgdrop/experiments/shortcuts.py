@@ -449,10 +449,10 @@ def _spread_plan(folder):
     "Return runs of three networks with three methods"
     methods = _methods(chosen(rows('search_shortcuts', folder)))
     recipes = [(name, methods[name]) for name in ('plain', 'matched', 'sgdrop')]
+    def runs(cells): return _runs(recipes, cells, (140, 141), 'tuning')
     convnext = _fitting_convnext(folder)
-    return [*_runs(recipes, WATERMARK, (140, 141), 'tuning'),
-            *[run | convnext for run in _runs(
-                recipes, _watermark(0.95, convnext['arch']), (140, 141), 'tuning')]]
+    of_convnext = runs(_watermark(0.95, convnext['arch']))
+    return [*runs(WATERMARK), *[run | convnext for run in of_convnext]]
 
 # %% ../../nbs/experiments/06_shortcuts.ipynb #5b5ba86b
 def harm_undone(

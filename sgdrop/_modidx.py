@@ -208,6 +208,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts._ideas_plan': ( 'experiments/shortcuts.html#_ideas_plan',
                                                                                             'sgdrop/experiments/shortcuts.py'),
+                                              'sgdrop.experiments.shortcuts._learner': ( 'experiments/shortcuts.html#_learner',
+                                                                                         'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts._loaders': ( 'experiments/shortcuts.html#_loaders',
                                                                                          'sgdrop/experiments/shortcuts.py'),
                                               'sgdrop.experiments.shortcuts._methods': ( 'experiments/shortcuts.html#_methods',

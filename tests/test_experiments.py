@@ -126,6 +126,14 @@ def test_a_run_of_the_benchmark(tiny_images):
     assert 0 <= row['accuracy'] <= 1 and 'step_ratio' not in row
 
 
+@pytest.fixture
+def tiny_shares(tiny_images, monkeypatch):
+    "Let a share of a set be a few of its tiny images"
+    monkeypatch.setattr(training, 'PHOTOGRAPHS', {
+        name: data._replace(n_tuning=1, per_class=1000)
+        for name, data in training.PHOTOGRAPHS.items()})
+
+
 SMALL_RUN = dict(seed=0, split_seed=0, part='test', share=0.007, size=32, epochs=1,
                  correlation=None, train_correlation=None, arch='resnet')
 
@@ -136,10 +144,7 @@ SMALL_RUN = dict(seed=0, split_seed=0, part='test', share=0.007, size=32, epochs
     ('pacs/sketch', 'style', dict(decoupling=dict(penalty=0.1))),
     ('flowers17', None, dict(weight_decay=dict(wd=0.1)))])
 def test_a_run_with_each_kind_of_shortcut(
-        dataset, cue, recipe, tiny_images, monkeypatch):
-    monkeypatch.setattr(training, 'PHOTOGRAPHS', {
-        name: data._replace(n_tuning=1, per_class=1000)
-        for name, data in training.PHOTOGRAPHS.items()})
+        dataset, cue, recipe, tiny_shares):
     painted = cue in ('watermark', 'frame')
     if painted: correlation = dict(correlation=0.95, train_correlation=0.95)
     settings = SMALL_RUN | dict(dataset=dataset, cue=cue, recipe=recipe)
@@ -151,9 +156,7 @@ def test_a_run_with_each_kind_of_shortcut(
     assert (row['kept'] is not None) == ('sgdrop' in recipe)
 
 
-def test_a_whole_map_has_the_accuracy_of_the_network(tiny_images, monkeypatch):
-    few = training.PHOTOGRAPHS['imagenette']._replace(n_tuning=1, per_class=1000)
-    monkeypatch.setitem(training.PHOTOGRAPHS, 'imagenette', few)
+def test_a_whole_map_has_the_accuracy_of_the_network(tiny_shares):
     settings = SMALL_RUN | dict(dataset='imagenette', cue='watermark', recipe={},
                                 correlation=1., train_correlation=1.)
     row = shortcuts._run_spread(settings)
@@ -161,9 +164,7 @@ def test_a_whole_map_has_the_accuracy_of_the_network(tiny_images, monkeypatch):
     assert 0 < row['dropped'] <= 1
 
 
-def test_a_run_for_the_interactive_figures(tiny_images, monkeypatch):
-    few = training.PHOTOGRAPHS['imagenette']._replace(n_tuning=1, per_class=1000)
-    monkeypatch.setitem(training.PHOTOGRAPHS, 'imagenette', few)
+def test_a_run_for_the_interactive_figures(tiny_shares):
     settings = dict(recipe=dict(sgdrop={}), seed=0, share=0.007, size=32, epochs=1)
     row = stored(touch._run(settings))
     assert row['absent'] == pytest.approx(row['training']['absent'][0] / 100, abs=0.006)

@@ -137,10 +137,14 @@ def _accuracies(learn):
         logits, y = learn.get_preds(dl=train_squares(learn.dls), act=noop)
     return found | more | dict(train=(logits.argmax(1) == y).float().mean().item())
 
+def _learner(s):
+    "Return the learner of one configuration, and its callbacks"
+    network = partial(small_network, s['arch'])
+    return new_learner(partial(_loaders, s), network, s['seed'], s['recipe'])
+
 def _trained(s):
     "Train one configuration; return its learner, its callbacks and the seconds"
-    network = partial(small_network, s['arch'])
-    learn, cbs = new_learner(partial(_loaders, s), network, s['seed'], s['recipe'])
+    learn, cbs = _learner(s)
     began = time.process_time()
     lr = s.get('lr') or SMALL_NETWORKS[s['arch']][1]
     fit(learn, s['epochs'], BFloat16(), *cbs, lr=lr)
@@ -401,16 +405,11 @@ def _upper_bound_plan(folder):
 # %% ../../nbs/experiments/06_shortcuts.ipynb #13a330da
 def _run_transfer(s):
     "Train a body with one method, and fine-tune it on two other sets"
-    network, found = partial(small_network, s['arch']), {}
-    ordinary = dict(cue=None, correlation=None, part='test', size=64, **s)
-    def learner(dataset, share, recipe):
-        settings = ordinary | dict(dataset=dataset, share=share)
-        return new_learner(partial(_loaders, settings), network, s['seed'], recipe)
-    first, cbs = learner('imagenette', 0.25, s['recipe'])
-    fit(first, s['epochs'], BFloat16(), *cbs)
-    found['imagenette'] = _accuracies(first)['absent']
+    ordinary = dict(cue=None, correlation=None, part='test', size=64, share=0.25, **s)
+    first, *_ = _trained(ordinary | dict(dataset='imagenette'))
+    found = dict(imagenette=_accuracies(first)['absent'])
     for dataset in ('bar', 'flowers17'):
-        learn, _ = learner(dataset, 0.25, {})
+        learn, _ = _learner(ordinary | dict(dataset=dataset, recipe={}))
         learn.model[:-1].load_state_dict(first.model[:-1].state_dict())
         with learn.no_bar(), learn.no_logging():
             learn.fine_tune(s['epochs'], 5e-3, lr_mult=1,
